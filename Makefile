@@ -1,0 +1,35 @@
+# make train | test | lint | bench. The first use sets up .venv (about a minute); later uses go straight to work.
+PYTHON ?= python3
+# Where to take torch from, if not from pip's usual place: the address of PyTorch's own wheels for CPU or for one CUDA version.
+TORCH_INDEX ?=
+RUN ?= runs/default
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: setup train test lint bench clean
+setup: $(READY)
+
+$(READY): pyproject.toml configs/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "emformer needs Python 3.11 or newer; '$(PYTHON)' is older: make PYTHON=python3.12 …"; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install -q -c configs/constraints.txt --index-url $(TORCH_INDEX) torch)
+	$(BIN)/python -m pip install -q -c configs/constraints.txt -e '.[dev]'
+	@touch $@
+
+# Starts the default run, or continues it where it was stopped.
+train: $(READY)
+	@$(BIN)/emformer fit -c configs/default.yaml --run $(RUN) --resume
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+lint: $(READY)
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check emformer train
+
+bench: $(READY)
+	@$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf .venv runs data/cache

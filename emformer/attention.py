@@ -1,0 +1,165 @@
+"""Attention from its five parts: form M, content F, kernel, positions, mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from emformer import parts
+from emformer.kernels import Kernel
+from emformer.masks import Visible, visible
+from emformer.operators import Operator
+from emformer.parts import UserError
+from emformer.positions import PositionMap
+from emformer.types import Cloud, Index, Keys, Matrices, Mixture, Queries, Weights
+
+
+class Memory:
+    """What one layer remembers of the tokens it has seen: tensors (..., S, width) that grow along S.
+
+    Args:
+        capacity: tokens to make room for. Appending beyond it raises ValueError.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity, self.length = capacity, 0
+        self._rows: list[Tensor] = []
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Store T further rows of each tensor and return all rows so far, as views."""
+        count = new[0].shape[-2]
+        if self.length + count > self.capacity:
+            raise ValueError(f"memory for {self.capacity} tokens holds {self.length} and is given {count} more")
+        if not self._rows:
+            self._rows = [x.new_empty(*x.shape[:-2], self.capacity, x.shape[-1]) for x in new]
+        for rows, x in zip(self._rows, new, strict=True):
+            rows[..., self.length : self.length + count, :] = x
+        self.length += count
+        return [rows[..., : self.length, :] for rows in self._rows]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers stored per token and sequence."""
+        return sum(rows[0].numel() // self.capacity for rows in self._rows)
+
+
+class Biases(nn.Module):
+    """b_Q (H, r) and, where it is not gauge, b_K (G, r): added to the factors before any position acts."""
+
+    def __init__(self, form: Operator, key: bool):
+        super().__init__()
+        self.left = nn.Parameter(torch.zeros(form.heads, form.rank))
+        self.right = nn.Parameter(torch.zeros(form.groups, form.rank)) if key else None
+
+
+class Attention(nn.Module):
+    """D_i = sum_h F_h m_i^h + g,  m_i^h = sum_j a_ij^h y_j,  a = kernel(y^T M_h y) under the mask.
+
+    Two paths compute the same mixture z = R_F^T m (math A.5, A.7). *Projected*: queries, keys and contents are the factors'
+    images, r wide. *Absorbed*: the relevance gradients R_M left(y) meet the cloud itself, K = V = Y, shared by all heads;
+    the content is projected after mixing. Training takes the projected path, which never costs more; decoding takes the
+    absorbed one where its cache of d numbers a token is smaller and no position acts on the keys.
+
+    Cost per token in multiply-adds, Nbar visible tokens: projected 4 d H r + 2 Nbar H r; dense 2 H d^2 + 2 Nbar H d.
+    """
+
+    def __init__(
+        self,
+        form: Operator,
+        content: Operator,
+        kernel: Kernel,
+        positions: Sequence[PositionMap],
+        mask: parts.Mask,
+        functional: parts.Functional | None,
+        drift: parts.Drift | None,
+    ):
+        super().__init__()
+        if form.heads != content.heads:
+            raise UserError(f"attention: the form has {form.heads} heads and the content {content.heads}.")
+        self.form, self.content, self.kernel, self.mask = form, content, kernel, mask
+        self.positions = nn.ModuleList(positions)
+        on_keys = any(position.acts_on_keys for position in positions)
+        key_bias = functional is not None and (on_keys or not kernel.row_invariant)
+        self.biases = None if functional is None else Biases(form, key_bias)
+        self.drift = None if drift is None else nn.Parameter(torch.zeros(form.dim))
+        self.absorbable = form.identity_right or not (on_keys or key_bias or kernel.reads_factors)
+        projected = form.groups * form.rank + content.groups * content.rank
+        self.absorbs = self.absorbable and form.dim < projected
+        self.cache_numbers = form.dim if self.absorbs else projected
+
+    def forward(self, y: Cloud, i: Index, memory: Memory | None = None) -> Mixture:
+        """The mixtures z (B, H, T, r_F) for the read cloud y at positions i; `lift` turns them into the update.
+
+        With a memory, y are the tokens after those remembered, and i continues their positions.
+        """
+        if memory is None or not self.absorbs:
+            return self.projected(y, i, memory)
+        if memory.length == 0 and len(i) > 1:  # a prompt is cheaper projected; only what is remembered differs
+            memory.append(y)
+            return self.projected(y, i)
+        return self.absorbed(y, i, memory)
+
+    def projected(self, y: Cloud, i: Index, memory: Memory | None = None) -> Mixture:
+        """Keys and contents as r-vectors, G (2 r) numbers a token when remembered."""
+        u, v = self.factors(y, i)
+        c = self.content.right(y)
+        if memory is not None:
+            v, c = memory.append(v, c)
+        return self.kernel(u, v, c, self._visible(i, v.shape[-2]))
+
+    def absorbed(self, y: Cloud, i: Index, memory: Memory | None = None) -> Mixture:
+        """The cloud itself as key and content of every head, d numbers a token when remembered."""
+        if not self.absorbable:
+            raise ValueError("a position, a key bias or the kernel acts on the keys: M cannot be absorbed into the query")
+        cloud = y if memory is None else memory.append(y)[0]
+        keys = cloud.unsqueeze(1)
+        if self.form.identity_right:
+            u, v = self._place(self._queries(y), self._keys(cloud), i, self._index(i, keys.shape[-2]))
+        else:
+            u, v = self._place(self._queries(y), keys, i, i)[0], keys
+            u = self.form.pull(u)
+        return self.content.project(self.kernel(u, v, keys, self._visible(i, keys.shape[-2])))
+
+    def lift(self, z: Mixture) -> Cloud:
+        """The update D = sum_h L_h z_h + g."""
+        update = self.content.lift(z)
+        return update if self.drift is None else update + self.drift
+
+    def factors(self, y: Cloud, i: Index) -> tuple[Queries, Keys]:
+        """(u, v) with s_ij = u_i . v_j: biases added and positions applied."""
+        return self._place(self._queries(y), self._keys(y), i, i)
+
+    def weights(self, y: Cloud, i: Index) -> Weights:
+        """The attention pattern a (B, H, T, T) of the read cloud y: the reference, memory B H T^2, differentiable."""
+        u, v = self.factors(y, i)
+        return self.kernel.weights(u, v, self._visible(i, v.shape[-2]))
+
+    def functional(self) -> Tensor | None:
+        """u (H, d), the affine key functional u_h = R_{g(h)} b_h; None if absent. Undefined where positions rotate it."""
+        return None if self.biases is None else self.form.pull(self.biases.left[None, :, None])[0, :, 0]
+
+    def matrices(self) -> tuple[Matrices, Matrices]:
+        """(M, F), each (H, d, d)."""
+        return self.form.matrix(), self.content.matrix()
+
+    def _queries(self, y: Cloud) -> Queries:
+        u = self.form.left(y)
+        return u if self.biases is None else u + self.biases.left.unsqueeze(1)
+
+    def _keys(self, y: Cloud) -> Keys:
+        v = self.form.right(y)
+        return v if self.biases is None or self.biases.right is None else v + self.biases.right.unsqueeze(1)
+
+    def _place(self, u: Queries, v: Keys, i: Index, j: Index) -> tuple[Queries, Keys]:
+        for position in self.positions:
+            u, v = position(u, v, i, j)
+        return u, v
+
+    def _index(self, i: Index, keys: int) -> Index:
+        """Positions of the keys: the `keys` positions that end with the last query's."""
+        return i if len(i) == keys else torch.arange(keys, device=i.device)
+
+    def _visible(self, i: Index, keys: int) -> Visible:
+        return visible(self.mask, i, self._index(i, keys))

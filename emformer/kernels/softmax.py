@@ -1,0 +1,70 @@
+"""Softmax attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional
+
+from emformer import parts
+from emformer.kernels.base import Kernel
+from emformer.masks import Visible
+from emformer.types import Contents, Keys, Mixture, Queries, Weights
+
+
+@dataclass(frozen=True)
+class Softmax(parts.Kernel):
+    """a_ij = exp(beta s_ij) / sum_{j' visible} exp(beta s_ij'). Source: math 0, B (minimiser of the free energy).
+
+    Args:
+        beta: inverse temperature. The score's own scale 1/sqrt(r) is inside M, not here.
+    """
+
+    beta: float = 1.0
+
+    def build(self, heads: int) -> SoftmaxKernel:
+        return SoftmaxKernel(self.beta)
+
+
+class SoftmaxKernel(Kernel):
+    normalised = True
+    row_invariant = True
+
+    def __init__(self, beta: float):
+        super().__init__()
+        self.beta = beta
+
+    def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
+        heads, rank, width = u.shape[1], u.shape[-1], c.shape[-1]
+        # The flash kernels take one head count and one width for all three, and fall back silently to the quadratic
+        # path otherwise. Expanding a group is free (stride 0), zero columns change neither scores nor mixtures.
+        u, v = _widen(u, width), _widen(_expand(v, heads), width)
+        z = functional.scaled_dot_product_attention(
+            u,
+            v,
+            _widen(_expand(c, heads), rank),
+            attn_mask=visible.table,
+            is_causal=visible.triangle,
+            scale=self.beta,
+        )
+        return z if z.shape[-1] == width else z[..., :width]
+
+    def weights(self, u: Queries, v: Keys, visible: Visible) -> Weights:
+        scores = self.beta * (u @ _expand(v, u.shape[1]).mT)
+        table = visible.dense(u.shape[-2], v.shape[-2], u.device)
+        return scores.masked_fill(~table, float("-inf")).softmax(-1)
+
+
+def _expand(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, G, S, r) -> (B, H, S, r), each group repeated for its heads."""
+    groups = x.shape[1]
+    if groups == heads:
+        return x
+    return x.unsqueeze(2).expand(-1, -1, heads // groups, -1, -1).flatten(1, 2)
+
+
+def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Zero columns up to `width`."""
+    missing = width - x.shape[-1]
+    return functional.pad(x, (0, missing)) if missing > 0 else x

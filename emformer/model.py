@@ -1,0 +1,207 @@
+"""The model: tokens -> cloud -> flow -> logits."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from emformer.attention import Attention, Memory
+from emformer.block import Block, Step
+from emformer.parts import UserError
+from emformer.settings import Model
+from emformer.types import Cloud, Index, Logits, Tokens
+
+
+class Emformer(nn.Module):
+    """A transformer whose attention is a form M and a content operator F per head, in one space E.
+
+        s_ij = x_i^T M_h x_j,   X <- X + eps (sum_h softmax(s) X F_h^T + g),   X <- X + eps FFN(X)
+
+    `Emformer(vocab, dim=..., heads=..., form=LowRank(32), ...)` takes the fields of `emformer.settings.Model`. The initial
+    weights come from the global torch generator: seed it for reproducible models.
+
+    Args:
+        vocab: number of token ids V.
+        **fields: see `emformer.settings.Model`.
+
+    Raises:
+        UserError: for a combination that cannot be built.
+    """
+
+    def __init__(self, vocab: int, **fields: Any):
+        super().__init__()
+        self.vocab = vocab
+        self.settings = Model(**fields)
+        settings = self.settings
+        self.embedding = nn.Embedding(vocab, settings.dim)
+        nn.init.normal_(self.embedding.weight, std=settings.embedding.std)
+        learned = settings.embedding.positions
+        self.positions = None if learned is None else nn.Parameter(learned.std * torch.randn(settings.context, settings.dim))
+        self.dropout = nn.Dropout(settings.dropout)
+        self.blocks = nn.ModuleList(_block(settings.layer(k)) for k in range(1 if settings.shared else settings.depth))
+        closing = settings.layer(settings.depth - 1)
+        self.norm = closing.norm.build(settings.dim) if closing.norm and closing.placement.closes else nn.Identity()
+        self.unembedding = nn.Linear(settings.dim, vocab, bias=False)
+        if settings.embedding.tied:
+            self.unembedding.weight = self.embedding.weight
+        else:
+            nn.init.normal_(self.unembedding.weight, std=settings.embedding.unembed_std)
+
+    def layer(self, index: int) -> Block:
+        """The block that acts as layer `index` (0 … depth-1; one object for all where blocks are shared)."""
+        return self.blocks[0 if self.settings.shared else index]  # type: ignore[return-value]
+
+    def embed(self, tokens: Tokens, i: Index) -> Cloud:
+        """X^0: token vectors, with the learned positions of `i` where the model has them."""
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            if len(i) > 0 and len(i) > len(self.positions):
+                raise ValueError(f"{len(i)} tokens, but the learned positions reach {len(self.positions)}")
+            x = x + self.positions[i]
+        return self.dropout(x)
+
+    def flow(self, tokens: Tokens, memory: list[Memory] | None = None) -> Iterator[Step]:
+        """The steps X^0 -> X^{1/2} -> X^1 -> … -> X^L, one at a time.
+
+        `step.before` of the first is X^0, `step.after` of the last X^L. Updates per head: `head_updates(step)`. With a
+        memory, `tokens` continue those remembered.
+        """
+        start = memory[0].length if memory else 0
+        i = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        x = self.embed(tokens, i)
+        for index in range(self.settings.depth):
+            for step in self.layer(index).flow(x, i, memory[index] if memory else None, index):
+                x = step.after
+                yield step
+
+    def head_updates(self, step: Step) -> Tensor:
+        """The updates D^h (B, H, T, d) of an attention step: `step.update` is their sum over heads plus the drift."""
+        if step.mixture is None:
+            raise ValueError(f"layer {step.layer}: the step at '{step.point}' has no heads; take one at 'attn'")
+        return self.layer(step.layer).attention.content.lift_heads(step.mixture)
+
+    def unembed(self, x: Cloud) -> Logits:
+        """Logits of the state x, through the closing norm: on an earlier state, the logit lens."""
+        return self.unembedding(self.norm(x))
+
+    def forward(self, tokens: Tokens) -> Logits:
+        """Logits (B, T, V) of the next token at every position."""
+        return self.unembed(self._last(tokens))
+
+    def _last(self, tokens: Tokens, memory: list[Memory] | None = None) -> Cloud:
+        for step in self.flow(tokens, memory):
+            x = step.after
+        return x
+
+    def memory(self, capacity: int | None = None) -> list[Memory]:
+        """An empty cache for decoding, one `Memory` a layer, with room for `capacity` tokens (default: the context)."""
+        return [Memory(capacity or self.settings.context) for _ in range(self.settings.depth)]
+
+    def stream(
+        self,
+        tokens: Tokens,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield `count` new tokens (B,), one at a time. See `generate`."""
+        for depth in range(self.settings.depth):
+            attention = self.layer(depth).attention
+            if not (attention.mask.causal and attention.kernel.rowwise):
+                raise UserError(f"generate: layer {depth} is not causal, so this model cannot continue a text token by token.")
+        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+            raise UserError(
+                f"generate: temperature {temperature}, top_k {top_k}, top_p {top_p}; "
+                "choose temperature >= 0, top_k >= 1 and top_p in (0, 1]."
+            )
+        if tokens.shape[1] == 0:
+            raise UserError("generate: the prompt is empty; give at least one token.")
+        context = self.settings.context
+        generator = torch.Generator(tokens.device)
+        generator.manual_seed(seed) if seed is not None else generator.seed()
+        training = self.training
+        self.eval()
+        try:
+            with torch.inference_mode():
+                tokens = tokens[:, -context:]
+                memory, new = self.memory(), tokens
+                for _ in range(count):
+                    if memory[0].length + new.shape[1] > context:  # full: start again from the later half
+                        memory, new = self.memory(), tokens[:, -max(1, context // 2) :]
+                    logits = self.unembed(self._last(new, memory)[:, -1:])[:, 0]
+                    new = choose(logits, temperature, top_k, top_p, generator)[:, None]
+                    tokens = torch.cat([tokens[:, -context:], new], 1)
+                    yield new[:, 0]
+        finally:
+            self.train(training)
+
+    def generate(
+        self,
+        tokens: Tokens,
+        count: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+    ) -> Tokens:
+        """Continue `tokens` (B, T) by `count` tokens: (B, T + count). Decodes with a cache; dropout is off.
+
+        A text longer than the context continues from its last half context, read anew.
+
+        Args:
+            temperature: of the sampling; 0 takes the most probable token.
+            top_k: sample among the k most probable.
+            top_p: sample among the most probable tokens that together have at least this probability.
+            seed: of this call's own generator; null draws one.
+
+        Raises:
+            UserError: for an empty prompt, settings out of range, or a model that is not causal.
+        """
+        new = list(self.stream(tokens, count, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed))
+        return torch.cat([tokens, torch.stack(new, 1)], 1) if new else tokens
+
+
+# IPython and editors complete the fields of the settings
+Emformer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [inspect.Parameter("vocab", inspect.Parameter.POSITIONAL_OR_KEYWORD), *inspect.signature(Model).parameters.values()]
+)
+
+
+def choose(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
+) -> Tensor:
+    """One token (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, index = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more probable tokens
+        logits = logits.masked_fill((before >= top_p).gather(-1, index.argsort(-1)), float("-inf"))
+    return torch.multinomial(functional.softmax(logits, -1), 1, generator=generator)[:, 0]
+
+
+def _block(layer: Model) -> Block:
+    form = layer.form.build("form", layer.dim, layer.heads)
+    attention = Attention(
+        form,
+        layer.content.build("content", layer.dim, layer.heads, form),
+        layer.kernel.build(layer.heads),
+        [position.build(form.rank) for position in layer.positions],
+        layer.mask,
+        layer.functional,
+        layer.drift,
+    )
+    ffn = None if layer.ffn is None else layer.ffn.build(layer.dim)
+    return Block(attention, ffn, layer.norm, layer.placement, layer.epsilon, layer.dropout)

@@ -1,0 +1,212 @@
+"""The abstract parts a model, a corpus and a run are composed of, as plain frozen settings.
+
+A *part* is a small immutable dataclass that says what is wanted (`LowRank(rank=32)`) and builds the thing that does it.
+Settings are plain data: YAML names them by class, a checkpoint carries them as a dictionary, nothing is ever pickled.
+This module imports no torch, so that command line help appears at once.
+
+To add a variant, write one new file with one frozen dataclass that inherits from one of the classes below and name it in
+YAML by its class path. Nothing else has to be edited: the contract suite finds every subclass by itself and asks it for
+`examples()`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+if TYPE_CHECKING:
+    import tokenizers
+    import torch
+
+Role = Literal["form", "content"]
+
+
+class UserError(ValueError):
+    """A mistake of the user, told in one sentence: what, where, what to do. The command line exits with code 2."""
+
+
+@dataclass(frozen=True)
+class Part(ABC):
+    """An immutable setting. Subclasses are final: they implement the abstract methods and override nothing else."""
+
+    @classmethod
+    def examples(cls) -> Sequence[Self]:
+        """Instances for the contract suite, small enough for d = 8 and two heads. Default: the bare constructor."""
+        return [cls()]
+
+
+class Operator(Part):
+    """Setting of H linear maps `W_h = L_h R_{g(h)}^T` on the embedding space: as the form M or as the content F."""
+
+    @abstractmethod
+    def build(self, role: Role, dim: int, heads: int, form: torch.nn.Module | None = None) -> torch.nn.Module:
+        """Return the `emformer.operators.Operator` module; `form` is given to a content that is tied to its form."""
+
+
+class Kernel(Part):
+    """Setting of a rule that turns relevance scores into mixture weights."""
+
+    @abstractmethod
+    def build(self, heads: int) -> torch.nn.Module:
+        """Return the `emformer.kernels.Kernel` module."""
+
+
+class Position(Part):
+    """Setting of a map (u, v) -> (u, v) on queries and keys; an ordered list of them acts one after the other."""
+
+    @abstractmethod
+    def build(self, rank: int) -> torch.nn.Module:
+        """Return the `emformer.positions.PositionMap` for factors of width `rank`."""
+
+
+class Mask(Part):
+    """A predicate: may the query at position i see the key at position j? Composable with `&`.
+
+    `causal`: never sees j > i. `shape` names the two patterns that a fused kernel needs no table for: "full" (all),
+    "triangle" (exactly j <= i), or "table" for every other.
+    """
+
+    @property
+    @abstractmethod
+    def causal(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def shape(self) -> Literal["full", "triangle", "table"]: ...
+
+    @abstractmethod
+    def visible(self, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        """Boolean, broadcast over the integer positions `i` of queries and `j` of keys."""
+
+
+class Norm(Part):
+    """Setting of a per-token normalisation R^d -> R^d."""
+
+    @abstractmethod
+    def build(self, dim: int) -> torch.nn.Module: ...
+
+
+class FFN(Part):
+    """Setting of a token-wise network R^d -> R^d."""
+
+    @abstractmethod
+    def build(self, dim: int) -> torch.nn.Module: ...
+
+
+class Placement(Part):
+    """Where the norm stands around a sublayer: `read` before it, `place` after the residual sum."""
+
+    @abstractmethod
+    def build(self, norm: Norm | None, dim: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The pair (read, place): the update is computed from read(x), the new state is place(x + eps update)."""
+
+    @property
+    @abstractmethod
+    def closes(self) -> bool:
+        """Whether the stream needs the norm once more before it is unembedded."""
+
+
+@dataclass(frozen=True)
+class Functional(Part):
+    """The affine key functional u: s_ij = y_i^T M y_j + u^T y_j with u_h = R_g b_h (math A.2).
+
+    Its parameter is b (H, r), the query bias b_Q of QKV attention. Where a constant added to a row of scores is not gauge
+    (RoPE, a normalised key, a kernel that is not invariant under it), the key bias b_K (G, r) is learned too.
+    """
+
+
+@dataclass(frozen=True)
+class Drift(Part):
+    """The constant drift g (d,) of a layer's update: value and output biases merged (math A.2)."""
+
+
+@dataclass(frozen=True)
+class Learned(Part):
+    """Learned absolute positions: a vector of E for each position, added to the token's.
+
+    Args:
+        std: of the initial entries.
+    """
+
+    std: float = 0.02
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How tokens enter E and are read off it.
+
+    Args:
+        std: standard deviation of the token vectors at initialisation (tied: 1/sqrt(dim) keeps logits of order one).
+        unembed_std: of the unembedding's rows; small, so that training starts near the uniform prediction. Unused if tied.
+        tied: unembed with the token vectors themselves.
+        positions: learned absolute positions, or null for none.
+    """
+
+    std: float = 1.0
+    unembed_std: float = 0.02
+    tied: bool = False
+    positions: Learned | None = None
+
+
+class Corpus(Part):
+    """A source of text documents. Iterating twice gives the same documents in the same order."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[str]:
+        """The texts, one document at a time. Raises `UserError` for a missing, empty or binary source."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """Hex SHA-256 of what `documents` yields (for a remote set: of its name, revision and settings)."""
+
+
+class Tokenizer(Part):
+    """Setting of a tokenizer; `build` trains or loads it."""
+
+    @abstractmethod
+    def build(self, texts: Iterator[str]) -> tokenizers.Tokenizer:
+        """Return the tokenizer, trained on `texts` where it learns anything."""
+
+
+class Objective(Part):
+    """What the model is trained for: turns windows of tokens into inputs, targets and a loss."""
+
+    @abstractmethod
+    def check(self, masks: Sequence[Mask]) -> None:
+        """Raise `UserError` if a model with these masks (one per layer) could cheat at this objective."""
+
+    @property
+    @abstractmethod
+    def extra_tokens(self) -> int:
+        """Ids beyond the tokenizer's vocabulary that the model needs (a mask token: 1)."""
+
+
+class Optimizer(Part):
+    """Setting of the optimiser."""
+
+    @abstractmethod
+    def build(self, model: torch.nn.Module) -> torch.optim.Optimizer: ...
+
+
+class Logger(Part):
+    """Setting of a mirror of the metrics (the JSONL file in the run folder is always the truth)."""
+
+    @abstractmethod
+    def build(self, folder: str) -> Any: ...
+
+
+def plain(value: Any) -> Any:
+    """A setting as nested dictionaries, lists and scalars; parts become {class_path, init_args}. Inverse: the parser."""
+    if isinstance(value, Part):
+        arguments = {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        path = f"{type(value).__module__}.{type(value).__qualname__}"
+        return {"class_path": path, "init_args": arguments} if arguments else {"class_path": path}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value

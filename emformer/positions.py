@@ -1,0 +1,148 @@
+"""Positions: an ordered list of maps (u, v) -> (u, v) between the factors and the score u . v.
+
+`u = left(q)` are the queries (B, H, T, r) at positions i, `v = right(t)` the keys (B, G, S, r) at positions j.
+An empty list is no position at all (NoPE). Learned absolute positions belong to the embedding.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from emformer import parts
+from emformer.parts import UserError
+from emformer.types import Index, KeyIndex, Keys, Queries
+
+
+class PositionMap(nn.Module, ABC):
+    """`acts_on_keys`: changes v, so that M cannot be absorbed into the query. `reads_factors`: not a function of M alone."""
+
+    acts_on_keys: bool
+    reads_factors: bool
+
+    @abstractmethod
+    def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]: ...
+
+
+@dataclass(frozen=True)
+class RoPE(parts.Position):
+    """Rotary positions: s_ij = (R_i u) . (R_j v), R_p a rotation by the angle p w_k in plane k, w_k = base^(-2k/n).
+
+    Factored: s_ij = q^T U R_{j-i} V^T t. Dense: s_ij = q^T M R_{j-i} t, rotating the coordinate planes of E. The score
+    depends on j - i only; plane k pairs the coordinates k and k + n/2 of the first n = fraction * r. Source: math A.4.
+
+    Args:
+        base: of the frequencies; larger turns more slowly.
+        fraction: share of the r coordinates that turn, in (0, 1]; fraction * r must be even.
+        offset: position of the first token. The score does not depend on it; long offsets test the tables' precision.
+    """
+
+    base: float = 10000.0
+    fraction: float = 1.0
+    offset: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise UserError(f"RoPE: fraction is {self.fraction}; choose a share of the coordinates in (0, 1].")
+        if self.base <= 0:
+            raise UserError(f"RoPE: base is {self.base}; choose a positive number such as 10000.")
+
+    @classmethod
+    def examples(cls) -> Sequence[RoPE]:
+        return [cls(), cls(base=100.0, fraction=0.5, offset=3)]
+
+    def build(self, rank: int) -> Rotation:
+        width = rank * self.fraction
+        if width != int(width) or int(width) % 2:
+            raise UserError(
+                f"RoPE: {self.fraction} of the rank {rank} is {width:g} coordinates, and they turn in pairs; "
+                "choose an even rank (for dense operators: an even dim) or another fraction."
+            )
+        return Rotation(int(width), self.base, self.offset)
+
+
+class Rotation(PositionMap):
+    """Angles are formed in float64 and the tables cast: float32 angles err by 1e-3 at position 2048 (math A.4)."""
+
+    acts_on_keys = True
+    reads_factors = True
+
+    def __init__(self, width: int, base: float, offset: int):
+        super().__init__()
+        self.width, self.base, self.offset = width, base, offset
+
+    def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
+        queries = self.tables(i, u)
+        return self.turn(u, *queries), self.turn(v, *(queries if i is j else self.tables(j, v)))
+
+    def tables(self, index: Index, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the angles at positions `index`: (T, n/2) each, in the dtype of `like`."""
+        wide = torch.float32 if index.device.type == "mps" else torch.float64
+        plane = torch.arange(0, self.width, 2, device=index.device, dtype=wide)
+        frequency = torch.exp(plane * (-math.log(self.base) / self.width))
+        angle = (index + self.offset).to(wide)[:, None] * frequency
+        return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        half = self.width // 2
+        a, b = x[..., :half], x[..., half : self.width]
+        turned = [a * cos - b * sin, b * cos + a * sin]
+        return torch.cat(turned if self.width == x.shape[-1] else [*turned, x[..., self.width :]], -1)
+
+
+@dataclass(frozen=True)
+class QueryNorm(parts.Position):
+    """u <- scale u / |u|: every query gets the same temperature. Foliation, order of leaves and argmax stay (math H.1).
+
+    Args:
+        scale: length of the normalised query; 1 is its typical length at initialisation.
+    """
+
+    scale: float = 1.0
+
+    def build(self, rank: int) -> _QueryNorm:
+        return _QueryNorm(self.scale)
+
+
+class _QueryNorm(PositionMap):
+    acts_on_keys = False
+    reads_factors = True
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
+        return self.scale * functional.normalize(u, dim=-1), v
+
+
+@dataclass(frozen=True)
+class KeyNorm(parts.Position):
+    """v <- scale sqrt(r) v / |v|: the order of leaves changes, the score is no longer linear in the key (math H.1).
+
+    Args:
+        scale: length of the normalised key in units of sqrt(r), its typical length at initialisation.
+    """
+
+    scale: float = 1.0
+
+    def build(self, rank: int) -> _KeyNorm:
+        return _KeyNorm(self.scale)
+
+
+class _KeyNorm(PositionMap):
+    acts_on_keys = True
+    reads_factors = True
+
+    def __init__(self, scale: float):
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
+        return u, self.scale * math.sqrt(v.shape[-1]) * functional.normalize(v, dim=-1)

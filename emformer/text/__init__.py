@@ -1,0 +1,29 @@
+"""Text: corpora, tokenizers, a grammar of known entropy, and blocks of tokens. Nothing here imports torch."""
+
+from emformer.text.blocks import Blocks, Windows, prepare
+from emformer.text.corpora import File, Hub, PythonDocs
+from emformer.text.grammar import KINDS, TOPICS, EntropyRate, Grammar, Labelled, Language, token_labels
+from emformer.text.tokenizers import BPE, Bytes, Characters, Pretrained, fingerprint, load, save
+
+__all__ = [
+    "BPE",
+    "KINDS",
+    "TOPICS",
+    "Blocks",
+    "Bytes",
+    "Characters",
+    "EntropyRate",
+    "File",
+    "Grammar",
+    "Hub",
+    "Labelled",
+    "Language",
+    "Pretrained",
+    "PythonDocs",
+    "Windows",
+    "fingerprint",
+    "load",
+    "prepare",
+    "save",
+    "token_labels",
+]
