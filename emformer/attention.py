@@ -13,6 +13,7 @@ from emformer.masks import Visible, visible
 from emformer.operators import Operator
 from emformer.parts import UserError
 from emformer.positions import PositionMap
+from emformer.settings import Drift, Functional
 from emformer.types import Cloud, Index, Keys, Matrices, Mixture, Queries, Weights
 
 
@@ -72,8 +73,8 @@ class Attention(nn.Module):
         kernel: Kernel,
         positions: Sequence[PositionMap],
         mask: parts.Mask,
-        functional: parts.Functional | None,
-        drift: parts.Drift | None,
+        functional: Functional | None,
+        drift: Drift | None,
     ):
         super().__init__()
         if form.heads != content.heads:

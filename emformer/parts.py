@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 if TYPE_CHECKING:
+    import numpy
     import tokenizers
     import torch
 
@@ -108,48 +109,6 @@ class Placement(Part):
         """Whether the stream needs the norm once more before it is unembedded."""
 
 
-@dataclass(frozen=True)
-class Functional(Part):
-    """The affine key functional u: s_ij = y_i^T M y_j + u^T y_j with u_h = R_g b_h (math A.2).
-
-    Its parameter is b (H, r), the query bias b_Q of QKV attention. Where a constant added to a row of scores is not gauge
-    (RoPE, a normalised key, a kernel that is not invariant under it), the key bias b_K (G, r) is learned too.
-    """
-
-
-@dataclass(frozen=True)
-class Drift(Part):
-    """The constant drift g (d,) of a layer's update: value and output biases merged (math A.2)."""
-
-
-@dataclass(frozen=True)
-class Learned(Part):
-    """Learned absolute positions: a vector of E for each position, added to the token's.
-
-    Args:
-        std: of the initial entries.
-    """
-
-    std: float = 0.02
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """How tokens enter E and are read off it.
-
-    Args:
-        std: standard deviation of the token vectors at initialisation (tied: 1/sqrt(dim) keeps logits of order one).
-        unembed_std: of the unembedding's rows; small, so that training starts near the uniform prediction. Unused if tied.
-        tied: unembed with the token vectors themselves.
-        positions: learned absolute positions, or null for none.
-    """
-
-    std: float = 1.0
-    unembed_std: float = 0.02
-    tied: bool = False
-    positions: Learned | None = None
-
-
 class Corpus(Part):
     """A source of text documents. Iterating twice gives the same documents in the same order."""
 
@@ -171,16 +130,32 @@ class Tokenizer(Part):
 
 
 class Objective(Part):
-    """What the model is trained for: turns windows of tokens into inputs, targets and a loss."""
+    """What the model is trained for: cuts windows of tokens into inputs and targets for a cross entropy."""
 
+    @property
     @abstractmethod
-    def check(self, masks: Sequence[Mask]) -> None:
-        """Raise `UserError` if a model with these masks (one per layer) could cheat at this objective."""
+    def unit(self) -> str:
+        """What the loss is measured in, for people."""
+
+    @property
+    @abstractmethod
+    def covers_text(self) -> bool:
+        """Whether every token is a target once, so that the loss can be told in bits per byte."""
 
     @property
     @abstractmethod
     def extra_tokens(self) -> int:
         """Ids beyond the tokenizer's vocabulary that the model needs (a mask token: 1)."""
+
+    @abstractmethod
+    def check(self, masks: Sequence[Mask]) -> None:
+        """Raise `UserError` if a model with these masks, one a layer, could cheat at this objective."""
+
+    @abstractmethod
+    def cut(
+        self, windows: numpy.ndarray, rng: numpy.random.Generator, vocab: int
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Windows (B, T+1) of ids below `vocab` -> inputs and targets, each (B, T); target -100 carries no loss."""
 
 
 class Optimizer(Part):

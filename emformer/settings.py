@@ -10,6 +10,48 @@ from emformer import parts
 from emformer.parts import UserError
 
 
+@dataclass(frozen=True)
+class Functional:
+    """The affine key functional u: s_ij = y_i^T M y_j + u^T y_j with u_h = R_g b_h (math A.2).
+
+    Its parameter is b (H, r), the query bias b_Q of QKV attention. Where a constant added to a row of scores is not gauge
+    (RoPE, a normalised key, a kernel that is not invariant under it), the key bias b_K (G, r) is learned too.
+    """
+
+
+@dataclass(frozen=True)
+class Drift:
+    """The constant drift g (d,) of a layer's update: value and output biases merged (math A.2)."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """Learned absolute positions: a vector of E for each position, added to the token's.
+
+    Args:
+        std: of the initial entries.
+    """
+
+    std: float = 0.02
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How tokens enter E and are read off it.
+
+    Args:
+        std: standard deviation of the token vectors at initialisation (tied: 1/sqrt(dim) keeps logits of order one).
+        unembed_std: of the unembedding's rows; small, so that training starts near the uniform prediction. Unused if tied.
+        tied: unembed with the token vectors themselves.
+        positions: learned absolute positions, or null for none.
+    """
+
+    std: float = 1.0
+    unembed_std: float = 0.02
+    tied: bool = False
+    positions: Learned | None = None
+
+
 class Layer(TypedDict, total=False):
     """What one layer may have of its own; what is not named is as in the rest of the model."""
 
@@ -18,8 +60,8 @@ class Layer(TypedDict, total=False):
     kernel: parts.Kernel
     positions: Sequence[parts.Position]
     mask: parts.Mask
-    functional: parts.Functional | None
-    drift: parts.Drift | None
+    functional: Functional | None
+    drift: Drift | None
     norm: parts.Norm | None
     ffn: parts.FFN | None
     placement: parts.Placement
@@ -65,9 +107,9 @@ class Model:
     positions: Sequence[parts.Position] = ()
     norm: parts.Norm | None = None
     ffn: parts.FFN | None = None
-    functional: parts.Functional | None = None
-    drift: parts.Drift | None = None
-    embedding: parts.Embedding = field(default_factory=parts.Embedding)
+    functional: Functional | None = None
+    drift: Drift | None = None
+    embedding: Embedding = field(default_factory=Embedding)
     epsilon: float = 1.0
     shared: bool = False
     dropout: float = 0.0

@@ -22,7 +22,7 @@ from emformer.parts import Corpus, Tokenizer, UserError
 from emformer.text.tokenizers import SEPARATOR, fingerprint, identity, load, save
 
 FORMAT = 1
-CHUNK = 1 << 14  # characters that are encoded as one string
+CHUNK = 1 << 12  # characters that are encoded as one string
 BATCH = 1 << 20  # characters that are encoded at once, and so the measure of the memory needed
 HEAD = 10_000_000  # characters of a remote corpus that a tokenizer learns from
 
@@ -245,6 +245,8 @@ def _write(
         return place
 
     count = whole(count if max_tokens is None else min(count, max_tokens))
+    if not count:
+        raise UserError(f"max_tokens={max_tokens} ends inside the first character: set it higher")
     train = whole(int((1 - validation) * count))
     size = {"train": int(sizes[:train].sum(dtype=np.int64))}
     size["validation"] = int(sizes[train:count].sum(dtype=np.int64)) + (pending if count == len(ids) else 0)
@@ -296,7 +298,7 @@ class Windows:
     `batch` is for training, without end and in random order; `fixed` and `len` are for validation, in order.
 
     An epoch has `n = max(1, len(tokens) // context - 1)` windows that begin at a random offset, so that the borders
-    fall elsewhere each time. The number is the same in all epochs, which makes the place of batch i a matter of division.
+    fall elsewhere each time. The number is the same in all epochs, so that the place of batch i is found by division.
     """
 
     def __init__(self, tokens: np.ndarray, context: int, seed: int = 0) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 from emformer.parts import Corpus, UserError
 from emformer.text.hub import offline, reachable
@@ -71,7 +71,7 @@ class File(Corpus):
     path: str
 
     @classmethod
-    def examples(cls) -> Sequence[Self]:
+    def examples(cls) -> Sequence[File]:
         return [cls(path=__file__)]
 
     def documents(self) -> Iterator[str]:
@@ -177,7 +177,7 @@ class Hub(Corpus):
     remote: ClassVar[bool] = True  # its length is unknown and a second pass is dear: a tokenizer learns from its head
 
     @classmethod
-    def examples(cls) -> Sequence[Self]:
+    def examples(cls) -> Sequence[Hub]:
         return [cls(name=__file__)]  # a local text file, so that no network is needed
 
     def documents(self) -> Iterator[str]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read at import: its threads do not survive a fork
 
@@ -79,7 +79,7 @@ class BPE(Tokenizer):
             raise UserError(f"BPE(vocab={self.vocab}) has no room for 256 bytes and a separator: set vocab >= 257")
 
     @classmethod
-    def examples(cls) -> Sequence[Self]:
+    def examples(cls) -> Sequence[BPE]:
         return [cls(vocab=300)]
 
     def build(self, texts: Iterator[str]) -> hf.Tokenizer:
@@ -109,7 +109,7 @@ class Pretrained(Tokenizer):
     source: str
 
     @classmethod
-    def examples(cls) -> Sequence[Self]:
+    def examples(cls) -> Sequence[Pretrained]:
         return []  # none that is there on every machine
 
     def build(self, texts: Iterator[str]) -> hf.Tokenizer:

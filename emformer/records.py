@@ -1,0 +1,278 @@
+"""The run directory: what is written while a model trains, and how it is read back.
+
+    config.yaml        the resolved settings
+    environment.json   versions, device, seed, hashes of corpus and tokenizer, git revision
+    tokenizer.json
+    metrics.jsonl      append-only: one row a step that is logged; the truth, every other logger mirrors it
+    checkpoints/       last.ckpt (everything, to resume), best.ckpt and step-*.ckpt (weights and settings)
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer
+
+from emformer import parts
+from emformer.configuration import revive
+from emformer.model import Emformer
+from emformer.parts import UserError
+from emformer.settings import Settings
+
+FORMAT = 1
+
+
+class Journal:
+    """Rows of JSON, one line each, in an append-only file. One unbuffered write a row: a killed process loses no whole row.
+
+    Args:
+        path: the file; made if missing. A torn last line is dropped.
+        step: rows of later steps are cut, as a run that resumes at `step` writes them again; None keeps all.
+    """
+
+    def __init__(self, path: Path, step: int | None = None):
+        self.path = path
+        with open(path, "a+b") as file:
+            file.seek(0)
+            keep = 0
+            for line in file:
+                row = _row(line)
+                if row is None or (step is not None and row.get("step", 0) > step):
+                    break
+                keep += len(line)
+            if keep < file.seek(0, os.SEEK_END):
+                file.truncate(keep)
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row. Numbers that are not finite become null. Raises `UserError` on a full disk."""
+        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        try:
+            self._file.write(line.encode())
+        except OSError as error:
+            raise disk_error(error, self.path) from error
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_journal(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a journal, up to a torn last line."""
+    with open(path, "rb") as file:
+        for line in file:
+            row = _row(line)
+            if row is None:
+                return
+            yield row
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def disk_error(error: OSError, path: Path) -> UserError:
+    """The sentence for a write that failed; what is already on disk stays as it was."""
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
+    return UserError(
+        f"cannot write {path}: {reason}; everything saved before is intact, so make room and continue with --resume."
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace the file at once: a reader sees the old content or the new, a killed writer leaves the old."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.config, self.environment = self.path / "config.yaml", self.path / "environment.json"
+        self.metrics, self.tokenizer = self.path / "metrics.jsonl", self.path / "tokenizer.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.last, self.best = self.checkpoints / "last.ckpt", self.checkpoints / "best.ckpt"
+
+    def step(self, step: int) -> Path:
+        """Path of the checkpoint of a step."""
+        return self.checkpoints / f"step-{step:07d}.ckpt"
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of which a checkpoint is kept, ascending."""
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.checkpoints.glob("step-*.ckpt"))
+
+    @property
+    def used(self) -> bool:
+        """Whether a run has begun here."""
+        return self.config.exists()
+
+    def settings(self) -> Settings:
+        """The settings in config.yaml."""
+        return revive(_yaml(self.config))
+
+    def write_settings(self, settings: Settings) -> None:
+        write_atomically(self.config, yaml.safe_dump(parts.plain(settings), sort_keys=False, allow_unicode=True))
+
+    def write_environment(self, **facts: Any) -> None:
+        """Versions of what the numbers depend on, and `facts`."""
+        packages = ("emformer", "torch", "pytorch-lightning", "tokenizers", "datasets", "numpy")
+        content = {
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in packages},
+            "machine": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+            "git": _revision(),
+            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+            **facts,
+        }
+        write_atomically(self.environment, json.dumps(content, indent=2) + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _revision() -> str | None:
+    """The git revision of this source tree, '+' if it has changes; None outside a checkout."""
+    source = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(source), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings; is it the config.yaml of a run?")
+    return content
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with what belongs to it.
+
+    `model` in eval mode on the CPU, `tokenizer`, `config` (the settings), `path` of the checkpoint, `step` it was saved at.
+    """
+
+    model: Emformer
+    tokenizer: Tokenizer
+    config: Settings
+    path: Path
+    step: int
+
+
+def load(source: str | Path, which: str | int = "last") -> Loaded:
+    """The model of a run folder or of a checkpoint file.
+
+    Args:
+        source: a run folder or a `.ckpt` file.
+        which: in a run folder: "last", "best", or a step of which a checkpoint was kept.
+
+    Raises:
+        UserError: if there is none, or the file is truncated or no checkpoint of emformer. Checkpoints are read as data
+            (`weights_only`); no code in them is run.
+    """
+    path = _checkpoint(Path(source), which)
+    content = read_checkpoint(path)
+    own = content["emformer"]
+    settings = revive(own["settings"])
+    try:
+        tokenizer = Tokenizer.from_str(own["tokenizer"])
+    except Exception as error:  # tokenizers raises bare Exception
+        raise UserError(f"{path}: its tokenizer cannot be read; the file is damaged.") from error
+    tokenizer.encode_special_tokens = True  # not kept in tokenizer.json
+    weights = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
+    with torch.random.fork_rng(devices=[]):  # the initial draw is overwritten, so it shall not move the caller's generator
+        model = Emformer(own["vocab"], **vars(settings.model))
+    if weights:
+        model.to(next(iter(weights.values())).dtype)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        detail = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
+        raise UserError(f"{path}: the weights do not fit the settings saved with them ({detail}).") from error
+    return Loaded(model.eval(), tokenizer, settings, path, content["global_step"])
+
+
+def _checkpoint(source: Path, which: str | int) -> Path:
+    if source.is_file():
+        return source
+    if not source.exists():
+        raise UserError(f"{source} does not exist; give a run folder or a checkpoint file.")
+    run = Run(source)
+    named = {"last": run.last, "best": run.best}
+    path = named[which] if isinstance(which, str) and which in named else None
+    if path is None:
+        try:
+            path = run.step(int(which))
+        except ValueError:
+            raise UserError(f"'{which}' names no checkpoint; choose last, best or a step.") from None
+    if path.exists():
+        return path
+    kept = [name for name, file in named.items() if file.exists()] + [str(step) for step in run.steps]
+    has = f"it has {', '.join(kept)}" if kept else "it has no checkpoint yet"
+    raise UserError(f"{source} has no checkpoint '{which}'; {has}.")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint of emformer, as plain data on the CPU. Raises `UserError` for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        raise UserError(
+            f"{path} cannot be read as a checkpoint: it is truncated, or holds something other than plain data."
+        ) from error
+    own = content.get("emformer") if isinstance(content, dict) else None
+    if not isinstance(own, dict) or not {"settings", "tokenizer", "vocab", "format"} <= own.keys():
+        raise UserError(f"{path} is not a checkpoint of emformer.")
+    if own["format"] != FORMAT:
+        raise UserError(f"{path} has the checkpoint format {own['format']}; this version reads {FORMAT}.")
+    return content

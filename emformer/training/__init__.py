@@ -1,0 +1,9 @@
+"""Training with Lightning: objectives, optimisers, loggers, and `fit`."""
+
+from emformer.training.fit import Result, fit
+from emformer.training.learner import Learner
+from emformer.training.loggers import TensorBoard, Wandb
+from emformer.training.objectives import MaskedToken, NextToken
+from emformer.training.optimizers import AdamW, Muon
+
+__all__ = ["AdamW", "Learner", "MaskedToken", "Muon", "NextToken", "Result", "TensorBoard", "Wandb", "fit"]

@@ -1,0 +1,248 @@
+"""One training run, from settings to a run folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from emformer import parts
+from emformer.model import Emformer
+from emformer.parts import UserError
+from emformer.records import Run, read_checkpoint, read_journal
+from emformer.settings import Data, Settings, Training
+from emformer.text import Blocks, fingerprint
+from emformer.text import save as save_tokenizer
+from emformer.training.callbacks import AtomicFiles, Checkpoints, Metrics, Progress
+from emformer.training.data import Text, read_text
+from emformer.training.learner import Learner
+from emformer.training.loggers import JournalLogger
+
+MAY_CHANGE = ("training.max_steps", "loggers")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with: its folder, the last step, and the figures of the last and the best validation."""
+
+    path: Path
+    step: int
+    last: dict[str, float]
+    best: dict[str, float]
+
+
+def fit(
+    settings: Settings,
+    run: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: Sequence[pl.Callback] = (),
+) -> Result:
+    """Train as `settings` say and write everything into the run folder.
+
+    Args:
+        settings: of the run.
+        run: the folder; default `runs/<date and time>`.
+        resume: continue a run that was begun here, bit for bit as if it had not been stopped (on CPU); begin it if there is
+            none. Only `training.max_steps` and `loggers` may differ from the run's own settings.
+        overwrite: remove a run that was begun here.
+        callbacks: further Lightning callbacks.
+
+    Raises:
+        UserError: for whatever the user can mend; the folder and its checkpoints stay as they were.
+        SystemExit: 143 after SIGTERM or SIGUSR1, 130 after SIGINT, with `last.ckpt` written.
+    """
+    folder = Run(run if run is not None else _default_path())
+    first = _process() == 0
+    if first:
+        _claim(folder, settings, resume, overwrite)
+    blocks = read_text_visibly(settings.data)
+    model, learner, text = assemble(settings, blocks)
+    checkpoint, step = _resumed(folder, blocks) if resume else (None, 0)
+    if checkpoint is not None and step >= settings.training.max_steps:
+        return result(folder)
+    if first:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        folder.write_settings(settings)
+        save_tokenizer(blocks.tokenizer, folder.tokenizer)
+        folder.write_environment(
+            seed=settings.training.seed,
+            corpus=blocks.meta["corpus"],
+            tokenizer=fingerprint(blocks.tokenizer),
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
+    trainer = make_trainer(settings, folder, blocks, step, callbacks)
+    trainer.fit(learner, datamodule=text, ckpt_path=checkpoint, weights_only=True)
+    return result(folder)
+
+
+def assemble(settings: Settings, blocks: Blocks) -> tuple[Emformer, Learner, Text]:
+    """Model, LightningModule and DataModule of these settings. Seeds the global generator for the initial weights."""
+    training = settings.training
+    text = Text(blocks, settings.model.context, training, settings.data.workers)
+    torch.manual_seed(training.seed)
+    model = Emformer(text.vocab + training.objective.extra_tokens, **vars(settings.model))
+    if training.precision == "64":
+        model.double()
+    learner = Learner(model, settings, blocks.tokenizer.to_str(), blocks.bytes_per_token("validation"))
+    return model, learner, text
+
+
+def make_trainer(
+    settings: Settings, folder: Run, blocks: Blocks, step: int = 0, callbacks: Sequence[pl.Callback] = ()
+) -> pl.Trainer:
+    """The Lightning trainer of a run that has reached `step`."""
+    training = settings.training
+    for name in ("pytorch_lightning", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*dataloader is not resumable.*",
+        ".*isinstance.treespec.*",
+        ".*GPU available but not used.*",
+        ".*sync_dist.*",
+        ".*srun.*",
+    ):
+        warnings.filterwarnings("ignore", pattern)
+    prompt = blocks.validation[: max(1, min(32, settings.model.context // 4))].astype(int).tolist()
+    journal = JournalLogger(folder.metrics, step)
+    return pl.Trainer(
+        accelerator=training.accelerator,
+        devices=training.devices,
+        num_nodes=training.nodes,
+        strategy=training.strategy,
+        precision=_precision(training),
+        max_steps=training.max_steps,
+        max_epochs=-1,
+        min_epochs=0,
+        accumulate_grad_batches=training.accumulate,
+        val_check_interval=training.validate_every * training.accumulate,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=[journal, *(logger.build(str(folder.path)) for logger in settings.loggers)],
+        callbacks=[
+            *callbacks,
+            Metrics(max(1, min(50, training.max_steps // 100)), training.batch * settings.model.context),
+            Progress(blocks.tokenizer, prompt, training),
+            Checkpoints(folder, training),
+        ],
+        plugins=[AtomicFiles()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=folder.path,
+    )
+
+
+def result(folder: Run) -> Result:
+    """The figures of a run, from its journal."""
+    rows = [row for row in read_journal(folder.metrics) if row.get("val_loss") is not None] if folder.metrics.exists() else []
+    figures = [{key: value for key, value in row.items() if key == "step" or key.startswith("val_")} for row in rows]
+    last = figures[-1] if figures else {}
+    return Result(folder.path, int(last.get("step", 0)), last, min(figures, key=lambda row: row["val_loss"], default={}))
+
+
+def read_text_visibly(data: Data) -> Blocks:
+    """`read_text` with a progress bar on a terminal while a corpus is tokenised for the first time."""
+    with tqdm(desc="tokenising", unit="token", unit_scale=True, leave=False, delay=1, disable=not sys.stderr.isatty()) as bar:
+        return read_text(data, lambda count: bar.update(count - bar.n))
+
+
+def _precision(training: Training) -> Any:
+    fixed = {"32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
+    if training.precision != "auto":
+        return fixed[training.precision]
+    on_gpu = training.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+
+
+def _process() -> int:
+    """Rank of this process, before any process group exists."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def _default_path() -> str:
+    """runs/<time>, the same in every process of the run."""
+    name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
+    return os.environ.setdefault("EMFORMER_RUN", str(Path("runs") / name))
+
+
+def _claim(folder: Run, settings: Settings, resume: bool, overwrite: bool) -> None:
+    """Make sure that this folder may be written to."""
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other: continue the run, or remove it and begin again.")
+    if not folder.used:
+        if folder.path.is_file() or (folder.path.is_dir() and any(folder.path.iterdir())):
+            raise UserError(f"{folder.path} exists and is not a run; choose another --run folder.")
+        return
+    if overwrite:
+        shutil.rmtree(folder.path)
+    elif not resume:
+        raise UserError(
+            f"{folder.path} holds a run already; continue it with --resume, remove it with --overwrite, "
+            "or choose another --run folder."
+        )
+    else:
+        _same(folder, settings)
+
+
+def _same(folder: Run, settings: Settings) -> None:
+    """Raise unless the settings are those of the run, but for what may change."""
+    old, new = _flat(parts.plain(folder.settings())), _flat(parts.plain(settings))
+    changed = [
+        key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        key = changed[0]
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise UserError(
+            f"{folder.path} was begun with {key} = {old.get(key)}, not {new.get(key)}{more}; a resumed run may change only "
+            f"{' and '.join(MAY_CHANGE)}, so choose another --run folder, or --overwrite."
+        )
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    found: dict[str, Any] = {}
+    for key, item in items:
+        found |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
+def _resumed(folder: Run, blocks: Blocks) -> tuple[Path | None, int]:
+    """The checkpoint to continue from and its step; (None, 0) if the run wrote none yet."""
+    if not folder.last.exists():
+        return None, 0
+    content = read_checkpoint(folder.last)
+    if content["emformer"]["tokenizer"] != blocks.tokenizer.to_str():
+        raise UserError(
+            f"the text no longer gives the tokenizer that {folder.path} was begun with: the corpus has changed; "
+            "restore it, or choose another --run folder."
+        )
+    if "optimizer_states" not in content:
+        raise UserError(f"{folder.last} holds weights only and cannot be resumed from.")
+    return folder.last, content["global_step"]
+
+

@@ -1,0 +1,197 @@
+"""Optimisers. Both multiply the learning rate of an operator's factors by the operator's own `rate` (math I)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from emformer import parts
+from emformer.operators import Operator
+
+
+@dataclass(frozen=True)
+class AdamW(parts.Optimizer):
+    """AdamW with decoupled weight decay on matrices (not on gains, biases and the embedding). One fused call a group.
+
+    Args:
+        rate: learning rate.
+        beta1: decay of the mean gradient.
+        beta2: decay of the mean square.
+        weight_decay: per step, times the learning rate.
+    """
+
+    rate: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
+        for parameter, rate, matrix in _parameters(model):
+            groups[rate, self.weight_decay if matrix else 0.0].append(parameter)
+        return torch.optim.AdamW(
+            [{"params": p, "lr": self.rate * rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+            betas=(self.beta1, self.beta2),
+            fused=True,
+        )
+
+
+@dataclass(frozen=True)
+class Muon(parts.Optimizer):
+    """Muon for the matrices inside the blocks, Adam for everything else.
+
+    The momentum of each matrix is replaced by its nearest semi-orthogonal matrix, so a step moves every singular direction
+    by `rate`. The factors of M and F are orthogonalised head by head, which is cheaper than together (r x r Gram matrices)
+    and fits what they are: H separate operators. All matrices of one shape go through one batched product.
+
+    Args:
+        rate: length of a step in every singular direction of a matrix.
+        momentum: of the gradient (Nesterov).
+        iterations: of the orthogonalisation, 1 to 5.
+        weight_decay: of the matrices, per step, times the learning rate.
+        adam_rate: learning rate of embeddings, gains and biases.
+        beta1: decay of Adam's mean gradient.
+        beta2: decay of Adam's mean square.
+    """
+
+    rate: float = 0.02
+    momentum: float = 0.9
+    iterations: int = 3
+    weight_decay: float = 0.0
+    adam_rate: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.iterations <= len(_POLAR):
+            raise parts.UserError(f"Muon: iterations is {self.iterations}; choose 1 to {len(_POLAR)}.")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        groups: dict[tuple[bool, float], list[Tensor]] = defaultdict(list)
+        for parameter, rate, matrix in _parameters(model):
+            groups[matrix, rate].append(parameter)
+        return MuonWithAdam(
+            [
+                {"params": p, "lr": (self.rate if matrix else self.adam_rate) * rate, "matrix": matrix}
+                for (matrix, rate), p in groups.items()
+            ],
+            {
+                "momentum": self.momentum,
+                "iterations": self.iterations,
+                "weight_decay": self.weight_decay,
+                "beta1": self.beta1,
+                "beta2": self.beta2,
+            },
+        )
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
+    """Each trainable parameter once, with its rate multiplier and whether it is a matrix inside a block."""
+    rates = {id(p): module.rate for module in model.modules() if isinstance(module, Operator) for p in module.parameters()}
+    matrices = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)
+    } | {id(p) for module in model.modules() if isinstance(module, Operator) for p in module.parameters() if p.ndim >= 2}
+    for module in model.modules():  # embeddings are rows of vectors, not maps, also when they unembed
+        if isinstance(module, nn.Embedding):
+            matrices.discard(id(module.weight))
+    unembedding = getattr(model, "unembedding", None)
+    if unembedding is not None:
+        matrices.discard(id(unembedding.weight))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            yield parameter, rates.get(id(parameter), 1.0), id(parameter) in matrices
+
+
+class MuonWithAdam(torch.optim.Optimizer):
+    """Groups with `matrix` true take Muon's step, the others Adam's (without weight decay)."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]):
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon if group["matrix"] else self._adam)(group, parameters)
+        return loss
+
+    def _muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        gradients = [p.grad for p in parameters]
+        buffers = [self.state[p]["momentum"] for p in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
+        ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for index, p in enumerate(parameters):
+            shapes[min(p.shape[-2:]), max(p.shape[-2:])].append(index)
+        for indices in shapes.values():
+            # wide matrices of one shape, heads and layers and factors, in one batch
+            wide = [_wide(ahead[k]) for k in indices]
+            steps = orthogonalise(torch.cat(wide), group["iterations"]).split([len(w) for w in wide])
+            for k, step in zip(indices, steps, strict=True):
+                p = parameters[k]
+                p.add_((step if p.shape[-2] <= p.shape[-1] else step.mT).view_as(p), alpha=-group["lr"])
+
+    def _adam(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p].update(step=torch.zeros((), dtype=torch.float32), exp_avg=torch.zeros_like(p))
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        states = [self.state[p] for p in parameters]
+        gradients = [p.grad for p in parameters]
+        means, squares = [s["exp_avg"] for s in states], [s["exp_avg_sq"] for s in states]
+        beta1, beta2 = group["beta1"], group["beta2"]
+        for s in states:
+            s["step"] += 1
+        count = float(states[0]["step"])
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        scale = torch._foreach_sqrt(squares)
+        torch._foreach_div_(scale, (1 - beta2**count) ** 0.5)
+        torch._foreach_add_(scale, 1e-10)
+        torch._foreach_addcdiv_(parameters, means, scale, -group["lr"] / (1 - beta1**count))
+
+
+# Odd polynomials a x + b x^3 + c x^5 whose composition brings singular values in (0, 1] near 1 fastest.
+# Amsel, Persson, Musco, Gower: The Polar Express, arXiv 2505.16932, algorithm 1 (five steps, lower bound 1e-3).
+_POLAR = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+
+
+def orthogonalise(matrices: Tensor, iterations: int = 3) -> Tensor:
+    """The semi-orthogonal polar factor U V^T of each wide matrix (B, m, n), m <= n, approximately.
+
+    Cost per iteration and matrix: 2 m^2 n + m^3 multiply-adds. In bfloat16 on CUDA, else in the dtype given.
+    """
+    x = matrices.bfloat16() if matrices.is_cuda and matrices.dtype == torch.float32 else matrices
+    x = x / (1.01 * torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True) + 1e-12)
+    for a, b, c in _POLAR[:iterations]:
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """As a batch of matrices with at least as many columns as rows."""
+    x = x.reshape(-1, *x.shape[-2:])
+    return x if x.shape[-2] <= x.shape[-1] else x.mT

@@ -1,0 +1,140 @@
+"""Small models and layers for tests, and the search for every variant of a part that the package defines."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from torch import nn
+
+import emformer
+from emformer import parts
+from emformer.attention import Attention
+from emformer.block import PreNorm
+from emformer.kernels import Softmax
+from emformer.masks import Causal
+from emformer.model import Emformer
+from emformer.norms import RMSNorm
+from emformer.operators import LowRank, Operator
+from emformer.settings import Drift, Embedding, Functional
+
+M = TypeVar("M", bound=nn.Module)
+VOCAB = 11
+LEGIBLE = Embedding(unembed_std=0.3)  # logits of order one, so that an absolute tolerance means something
+
+
+def model(vocab: int = VOCAB, dtype: torch.dtype = torch.float64, **overrides: Any) -> Emformer:
+    """A small causal low-rank model in evaluation mode; `overrides` are fields of `emformer.settings.Model`."""
+    fields = dict(
+        dim=8,
+        depth=2,
+        heads=2,
+        context=24,
+        form=LowRank(rank=4),
+        content=LowRank(rank=4),
+        kernel=Softmax(),
+        mask=Causal(),
+        placement=PreNorm(),
+        norm=RMSNorm(),
+        embedding=LEGIBLE,
+    )
+    return stir(Emformer(vocab, **(fields | overrides))).to(dtype).eval()
+
+
+def attention(
+    form: parts.Operator,
+    content: parts.Operator,
+    *,
+    dim: int = 12,
+    heads: int = 3,
+    kernel: parts.Kernel | None = None,
+    positions: Sequence[parts.Position] = (),
+    mask: parts.Mask | None = None,
+    functional: Functional | None = None,
+    drift: Drift | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Attention:
+    """One attention layer on E = R^dim, biases and drift drawn at random."""
+    m = form.build("form", dim, heads)
+    assert isinstance(m, Operator)
+    layer = Attention(
+        m,
+        content.build("content", dim, heads, m),
+        (kernel or Softmax()).build(heads),
+        [position.build(m.rank) for position in positions],
+        mask or Causal(),
+        functional,
+        drift,
+    )
+    return stir(layer).to(dtype)
+
+
+@torch.no_grad()
+def stir(module: M, size: float = 0.3) -> M:
+    """Add noise to every parameter that starts constant (biases at 0, gains at 1): a constant hides its own mistakes."""
+    for parameter in module.parameters():
+        if parameter.numel() and parameter.min() == parameter.max():
+            parameter.add_(size * torch.randn_like(parameter))
+    return module
+
+
+@torch.no_grad()
+def fill(parameter: nn.Parameter | None, value: torch.Tensor) -> None:
+    """Write a value of the very same shape."""
+    assert parameter is not None and parameter.shape == value.shape, (parameter, value.shape)
+    parameter.copy_(value)
+
+
+def words(count: int, batch: int = 2, vocab: int = VOCAB) -> torch.Tensor:
+    """Random tokens (batch, count)."""
+    return torch.randint(vocab, (batch, count))
+
+
+def cloud(count: int, dim: int = 12, batch: int = 2, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """A random cloud (batch, count, dim) of unit variance."""
+    return torch.randn(batch, count, dim, dtype=dtype)
+
+
+def span(count: int, start: int = 0) -> torch.Tensor:
+    """The positions start … start + count - 1."""
+    return torch.arange(start, start + count)
+
+
+def broken_modules() -> list[str]:
+    """Import every module of the package, so that all variants are known; what cannot be imported, and why."""
+    problems = []
+    for name in _modules():
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # told by a test of its own, so that the others still run
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+    return problems
+
+
+def _modules() -> Iterator[str]:
+    for module in pkgutil.walk_packages(emformer.__path__, "emformer.", onerror=lambda name: None):
+        if not module.name.endswith("__main__"):
+            yield module.name
+
+
+def variants(base: type[parts.Part]) -> list[type[parts.Part]]:
+    """Every concrete subclass of `base` that the package defines."""
+    broken_modules()
+    found: list[type[parts.Part]] = []
+    queue = [base]
+    while queue:
+        cls = queue.pop()
+        queue.extend(cls.__subclasses__())
+        if not inspect.isabstract(cls) and cls.__module__.startswith("emformer.") and cls not in found:
+            found.append(cls)
+    return sorted(found, key=lambda cls: f"{cls.__module__}.{cls.__qualname__}")
+
+
+def examples(base: type[parts.Part]) -> list[Any]:
+    """`pytest.param`s: every example of every variant of `base`, named by what it is."""
+    return [pytest.param(example, id=repr(example)) for cls in variants(base) for example in cls.examples()]

@@ -1,0 +1,11 @@
+"""What all tests share: a seed. Nothing here changes a global setting of torch."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(params=range(5), ids="seed{}".format)
+def seed(request: pytest.FixtureRequest) -> int:
+    """The seeds 0 … 4, one test each; the global generator starts from it."""
+    torch.manual_seed(request.param)
+    return request.param
