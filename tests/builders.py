@@ -76,7 +76,7 @@ def attention(
 
 @torch.no_grad()
 def stir(module: M, size: float = 0.3) -> M:
-    """Add noise to every parameter that starts constant (biases at 0, gains at 1): a constant hides its own mistakes."""
+    """Add noise to every parameter that starts constant (biases at 0, gains at 1): a constant hides mistakes."""
     for parameter in module.parameters():
         if parameter.numel() and parameter.min() == parameter.max():
             parameter.add_(size * torch.randn_like(parameter))

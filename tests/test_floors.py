@@ -187,7 +187,10 @@ def test_good_sources_pass():
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"emformer.operators.base": "from emformer.model import Emformer"}, "floor 1 imports emformer.model of floor 3"),
+        (
+            {"emformer.operators.base": "from emformer.model import Emformer"},
+            "floor 1 imports emformer.model of floor 3",
+        ),
         ({"emformer.operators.base": "import emformer.model"}, "floor 1 imports emformer.model of floor 3"),
         ({"emformer.operators.base": "from emformer import model"}, "floor 1 imports emformer.model of floor 3"),
         ({"emformer.operators.base": "from .. import model"}, "floor 1 imports emformer.model of floor 3"),
@@ -195,7 +198,10 @@ def test_good_sources_pass():
         ({"emformer.operators.base": "from emformer import Emformer"}, "floor 1 imports emformer of floor 8"),
         ({"emformer.operators.base": "import emformer"}, "floor 1 imports emformer of floor 8"),
         ({"emformer.parts": "if TYPE_CHECKING:\n    from emformer.model import E"}, "floor 0 imports emformer.model"),
-        ({"emformer.parts": "try:\n    import emformer.model\nexcept ImportError: ..."}, "floor 0 imports emformer.model"),
+        (
+            {"emformer.parts": "try:\n    import emformer.model\nexcept ImportError: ..."},
+            "floor 0 imports emformer.model",
+        ),
         ({"emformer.parts": "def f():\n    from emformer.model import E"}, "floor 0 imports emformer.model of floor 3"),
         ({"emformer.model": "def f():\n    from emformer.parts import P"}, "imports emformer.parts inside a function"),
         (

@@ -221,6 +221,7 @@ class Hub(Corpus):
 
     def _rows(self) -> Any:
         import datasets
+        import datasets.exceptions
 
         path = Path(self.name)
         local = path.exists()

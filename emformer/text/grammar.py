@@ -183,12 +183,6 @@ def inflect(word: str) -> str:
     return word + ("es" if word.endswith(("s", "x", "sh", "ch")) else "s")
 
 
-def _weighted(words: Sequence[str], total: float) -> list[tuple[str, float]]:
-    """The words with falling probabilities (Zipf's law, shifted) that sum to `total`."""
-    weights = [1 / (i + 3) for i in range(len(words))]
-    return [(word, total * weight / sum(weights)) for word, weight in zip(words, weights, strict=True)]
-
-
 def _near(topic: int) -> list[tuple[int, float]]:
     """Topics of a noun that stands beside one of `topic`."""
     return [(topic, 0.5), ((topic + 1) % len(TOPICS), 0.3), (_partner(topic), 0.2)]
@@ -204,114 +198,126 @@ def _next(topic: int | None) -> list[tuple[int, float]]:
     return [(t, 1 / n if topic is None else 0.6 if t == topic else 0.4 / (n - 1)) for t in range(n)]
 
 
+def _zipf(n: int, total: float) -> list[float]:
+    """n falling probabilities (Zipf's law, shifted) that sum to `total`."""
+    weights = [1 / (i + 3) for i in range(n)]
+    return [total * weight / sum(weights) for weight in weights]
+
+
+def _any_of(words: str, total: float, target: State, kind: str, referent: int) -> list[Emission]:
+    """One of the words, which all lead to the same state."""
+    forms = words.split()
+    weights = _zipf(len(forms), total)
+    return [Emission(f" {w}", p, target, KINDS.index(kind), referent) for w, p in zip(forms, weights, strict=True)]
+
+
+def _determiners(total: float, target: State, referent: int) -> list[Emission]:
+    """The state that follows remembers which numbers the noun may have."""
+    kind, weights = KINDS.index("determiner"), _zipf(len(DETERMINERS), total)
+    rows = zip(DETERMINERS.items(), weights, strict=True)
+    return [Emission(f" {word}", p, (*target, numbers), kind, referent) for (word, numbers), p in rows]
+
+
+def _nouns(topic: int, numbers: tuple, total: float, target: State) -> list[Emission]:
+    """A noun that becomes the subject is remembered as (topic, number)."""
+    out, kind, forms = [], KINDS.index("noun"), LEXICON[TOPICS[topic]][0].split()
+    for word, p in zip(forms, _zipf(len(forms), total / len(numbers)), strict=True):
+        for number in numbers:
+            following = ("subject", (topic, number)) if target == ("subject",) else target
+            out.append(Emission(f" {inflect(word) if number == PLURAL else word}", p, following, kind, topic))
+    return out
+
+
+def _verbs(column: int, subject: tuple, total: float, target: State) -> list[Emission]:
+    """Verbs of the subject's topic, in the form that its number asks for."""
+    topic, number = subject
+    words = LEXICON[TOPICS[topic]][column]
+    forms = words if number == PLURAL else " ".join([inflect(word) for word in words.split()])
+    return _any_of(forms, total, target, "verb", topic)
+
+
+def _transitive(subject: tuple, total: float, back: str) -> list[Emission]:
+    """Verbs that say the topic of their object."""
+    topic = subject[0]
+    own = _verbs(1, subject, 0.6 * total, ("article", subject, topic, back))
+    return own + _verbs(2, subject, 0.4 * total, ("article", subject, _partner(topic), back))
+
+
+def _mark(text: str, p: float, target: State, subject: tuple) -> list[Emission]:
+    return [Emission(text, p, target, KINDS.index("punctuation"), subject[0])]
+
+
+def _pronoun(p: float, subject: tuple) -> list[Emission]:
+    return _any_of("they" if subject[1] == PLURAL else "it", p, ("verb", subject), "pronoun", subject[0])
+
+
+def _first(edges: list[Emission]) -> list[Emission]:
+    """The same at the start of a sentence: a capital, and no space before it."""
+    return [edge._replace(text=edge.text.strip().capitalize()) for edge in edges]
+
+
 def emissions(state: State) -> list[Emission]:
     """What may follow in `state`. The names of the states say what is expected; what they remember stands behind.
 
     `subject` is (topic, number) of the sentence's subject, or of the last sentence's at a start. `back` names the state
     to which a noun phrase inside the sentence returns.
     """
-    out: list[Emission] = []
-
-    def word(text: str, p: float, target: State, kind: str, referent: int, space: str = " ") -> None:
-        out.append(Emission(space + text, p, target, KINDS.index(kind), referent))
-
-    def determiners(p: float, target: tuple, referent: int, starts: bool = False) -> None:
-        for text, q in _weighted(list(DETERMINERS), p):
-            text, space = (text.capitalize(), "") if starts else (text, " ")
-            word(text, q, (*target, DETERMINERS[text.lower()]), "determiner", referent, space)
-
-    def nouns(topic: int, numbers: tuple[int, ...], p: float, target: tuple) -> None:
-        for text, q in _weighted(LEXICON[TOPICS[topic]][0].split(), p / len(numbers)):
-            for number in numbers:
-                following = (target[0], (topic, number)) if target == ("subject",) else target
-                word(inflect(text) if number == PLURAL else text, q, following, "noun", topic)
-
-    def adjectives(topic: int, p: float, target: State) -> None:
-        for text, q in _weighted(LEXICON[TOPICS[topic]][4].split(), p):
-            word(text, q, target, "adjective", topic)
-
-    def verbs(column: int, subject: tuple, p: float, target: State) -> None:
-        for text, q in _weighted(LEXICON[TOPICS[subject[0]]][column].split(), p):
-            word(text if subject[1] == PLURAL else inflect(text), q, target, "verb", subject[0])
-
-    def transitive(subject: tuple, p: float, back: str) -> None:
-        """The verb says the topic of its object."""
-        verbs(1, subject, 0.6 * p, ("article", subject, subject[0], back))
-        verbs(2, subject, 0.4 * p, ("article", subject, _partner(subject[0]), back))
-
-    def prepositions(p: float, subject: tuple, back: str) -> None:
-        for text, q in _weighted(PREPOSITIONS.split(), p):
-            word(text, q, ("place", subject, back), "preposition", subject[0])
-
-    def stop(p: float, subject: tuple) -> None:
-        word(".\n", p, ("start", subject), "punctuation", subject[0], "")
-
-    def pronoun(p: float, subject: tuple, starts: bool = False) -> None:
-        text = "they" if subject[1] == PLURAL else "it"
-        word(text.capitalize() if starts else text, p, ("verb", subject), "pronoun", subject[0], "" if starts else " ")
-
     match state:
         case ("start", None):
-            for text, q in _weighted(OPENERS.split(), 0.2):
-                word(text.capitalize(), q, ("opened", None), "adverb", AHEAD, "")
-            determiners(0.8, ("fresh", None), AHEAD, starts=True)
+            openers = _any_of(OPENERS, 0.2, ("opened", None), "adverb", AHEAD)
+            return _first(openers + _determiners(0.8, ("fresh", None), AHEAD))
         case ("start", subject):
-            out.append(Emission(END, 0.05, START, -1, AHEAD))
-            pronoun(0.35, subject, starts=True)
-            for text, q in _weighted(OPENERS.split(), 0.1):
-                word(text.capitalize(), q, ("opened", subject), "adverb", AHEAD, "")
-            determiners(0.5, ("fresh", subject[0]), AHEAD, starts=True)
+            openers = _any_of(OPENERS, 0.1, ("opened", subject), "adverb", AHEAD)
+            subjects = _pronoun(0.35, subject) + _determiners(0.5, ("fresh", subject[0]), AHEAD)
+            return [Emission(END, 0.05, START, -1, AHEAD), *_first(openers + subjects)]
         case ("opened", None):
-            determiners(1.0, ("fresh", None), AHEAD)
+            return _determiners(1.0, ("fresh", None), AHEAD)
         case ("opened", subject):
-            pronoun(0.4, subject)
-            determiners(0.6, ("fresh", subject[0]), AHEAD)
+            return _pronoun(0.4, subject) + _determiners(0.6, ("fresh", subject[0]), AHEAD)
         case ("fresh", before, numbers):  # a new subject, after its determiner
+            out = []
             for topic, p in _next(before):
-                adjectives(topic, 0.3 * p, ("described", topic, numbers))
-                nouns(topic, numbers, 0.7 * p, ("subject",))
+                out += _any_of(LEXICON[TOPICS[topic]][4], 0.3 * p, ("described", topic, numbers), "adjective", topic)
+                out += _nouns(topic, numbers, 0.7 * p, ("subject",))
+            return out
         case ("described", topic, numbers):
-            nouns(topic, numbers, 1.0, ("subject",))
+            return _nouns(topic, numbers, 1.0, ("subject",))
         case ("subject", subject):
-            prepositions(0.25, subject, "verb")
-            word("that", 0.1, ("relative", subject), "relative", subject[0])
-            out.extend(e._replace(probability=0.65 * e.probability) for e in emissions(("verb", subject)))
+            phrases = _any_of(PREPOSITIONS, 0.25, ("place", subject, "verb"), "preposition", subject[0])
+            phrases += _any_of("that", 0.1, ("relative", subject), "relative", subject[0])
+            return phrases + _transitive(subject, 0.45, "object") + _verbs(3, subject, 0.2, ("object", subject))
         case ("relative", subject):
-            transitive(subject, 1.0, "verb")
+            return _transitive(subject, 1.0, "verb")
         case ("verb", subject):
-            transitive(subject, 0.7, "object")
-            verbs(3, subject, 0.3, ("object", subject))
+            return _transitive(subject, 0.7, "object") + _verbs(3, subject, 0.3, ("object", subject))
         case ("article", subject, topic, back):  # an object, its topic said by the verb
             owner = "their" if subject[1] == PLURAL else "its"
-            word(owner, 0.2, ("thing", subject, topic, back, (SINGULAR, PLURAL)), "possessive", subject[0])
-            determiners(0.8, ("thing", subject, topic, back), topic)
+            thing = ("thing", subject, topic, back)
+            owned = _any_of(owner, 0.2, (*thing, (SINGULAR, PLURAL)), "possessive", subject[0])
+            return owned + _determiners(0.8, thing, topic)
         case ("thing", subject, topic, back, numbers):
-            adjectives(topic, 0.25, ("bare", subject, topic, back, numbers))
-            nouns(topic, numbers, 0.75, (back, subject))
+            bare = ("bare", subject, topic, back, numbers)
+            described = _any_of(LEXICON[TOPICS[topic]][4], 0.25, bare, "adjective", topic)
+            return described + _nouns(topic, numbers, 0.75, (back, subject))
         case ("bare", subject, topic, back, numbers):
-            nouns(topic, numbers, 1.0, (back, subject))
+            return _nouns(topic, numbers, 1.0, (back, subject))
         case ("place", subject, back):  # a prepositional phrase, after its preposition
-            determiners(1.0, ("site", subject, back), AHEAD)
+            return _determiners(1.0, ("site", subject, back), AHEAD)
         case ("site", subject, back, numbers):
-            for topic, p in _near(subject[0]):
-                nouns(topic, numbers, p, (back, subject))
+            return [edge for topic, p in _near(subject[0]) for edge in _nouns(topic, numbers, p, (back, subject))]
         case ("object", subject):  # the predicate is whole
-            stop(0.55, subject)
-            prepositions(0.2, subject, "done")
-            for text, q in _weighted(LEXICON[TOPICS[subject[0]]][5].split(), 0.15):
-                word(text, q, ("done", subject), "adverb", subject[0])
-            word(",", 0.1, ("joined", subject), "punctuation", subject[0], "")
+            more = _any_of(PREPOSITIONS, 0.2, ("place", subject, "done"), "preposition", subject[0])
+            more += _any_of(LEXICON[TOPICS[subject[0]]][5], 0.15, ("done", subject), "adverb", subject[0])
+            more += _mark(",", 0.1, ("joined", subject), subject)
+            return more + _mark(".\n", 0.55, ("start", subject), subject)
         case ("done", subject):
-            stop(0.9, subject)
-            word(",", 0.1, ("joined", subject), "punctuation", subject[0], "")
+            return _mark(".\n", 0.9, ("start", subject), subject) + _mark(",", 0.1, ("joined", subject), subject)
         case ("joined", subject):
-            for text, q in _weighted(CONJUNCTIONS.split(), 1.0):
-                word(text, q, ("again", subject), "conjunction", subject[0])
+            return _any_of(CONJUNCTIONS, 1.0, ("again", subject), "conjunction", subject[0])
         case ("again", subject):
-            pronoun(1.0, subject)
+            return _pronoun(1.0, subject)
         case _:
             raise AssertionError(f"no such state: {state}")
-    return out
 
 
 class Language:

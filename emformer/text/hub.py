@@ -6,7 +6,7 @@ import os
 import socket
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -47,7 +47,7 @@ def reachable(seconds: float = 2.0) -> bool:
 
 
 @contextmanager
-def offline() -> Iterator[None]:
+def offline() -> Generator[None]:
     """While inside, `datasets` and `huggingface_hub` look into their local cache only and never retry."""
     import datasets.config
     import huggingface_hub.constants

@@ -99,7 +99,8 @@ def test_a_symmetric_draw_is_symmetric_with_the_same_scores():
 def test_spectra_differ_where_moments_agree():
     """|M|_2: 2/sqrt(d) for a free matrix, larger for a product; qkv_product has the product's rank."""
     torch.manual_seed(0)
-    free, product, factored = (FORMS[name].build("form", D, HEADS).matrix() for name in ("dense", "qkv product", "low-rank"))
+    names = "dense", "qkv product", "low-rank"
+    free, product, factored = (FORMS[name].build("form", D, HEADS).matrix() for name in names)
     top = [torch.linalg.svdvals(m)[:, 0].mean() for m in (free, product, factored)]
     assert abs(top[0] * math.sqrt(D) / 2 - 1) < 0.05
     assert abs(top[1] / top[2] - 1) < 0.1 and top[1] > 1.5 * top[0]

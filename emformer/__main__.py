@@ -1,0 +1,6 @@
+"""python -m emformer"""
+
+from emformer.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""The command line: fit, validate, generate, info.
+
+This module alone imports inside its functions: torch takes more than a second, and help should not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from emformer.configuration import parse, settings_parser
+from emformer.parts import UserError
+
+if TYPE_CHECKING:
+    from emformer.settings import Settings
+
+OVERVIEW = """\
+usage: emformer COMMAND [options]        emformer COMMAND --help explains each
+
+commands
+  fit        train a model and write a run folder
+  validate   loss of a trained model on its validation text, or on another text
+  generate   continue a text with a trained model
+  info       operators, parameters, decode cache and FLOPs of a configuration or a run
+
+first steps
+  emformer fit -c configs/default.yaml --run runs/default
+  emformer validate runs/default
+  emformer generate runs/default --prompt "The with statement"
+  emformer info -c configs/default.yaml
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exit codes: 0, 2 for a mistake of the user (one sentence on stderr), 130 and 143 for signals."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(OVERVIEW, end="")
+        sys.exit(0 if words else 2)
+    command = COMMANDS.get(words[0])
+    try:
+        if command is None:
+            import difflib
+
+            near = difflib.get_close_matches(words[0], COMMANDS, 1)
+            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(COMMANDS)}."
+            raise UserError(f"'{words[0]}' is no command; {hint}")
+        command(words[1:])
+    except UserError as error:
+        print(f"emformer: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        sys.exit(141)
+
+
+def _load_parts() -> None:
+    """Import every part of the package, so that YAML may name them by class alone."""
+    import emformer.block
+    import emformer.ffn
+    import emformer.kernels
+    import emformer.masks
+    import emformer.norms
+    import emformer.operators
+    import emformer.positions
+    import emformer.text
+    import emformer.training  # noqa: F401
+
+
+def _settings(parser: Any, arguments: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
+    """Settings and the command's own options. Help and `--print_config` end here."""
+    if not {"-h", "--help"} & set(arguments):
+        _load_parts()
+    found = dict(vars(parse(parser, arguments)))
+    from emformer.settings import Settings
+
+    return Settings(**{name: found.pop(name) for name in Settings.__dataclass_fields__}), found
+
+
+def _fit(arguments: Sequence[str]) -> None:
+    parser = settings_parser(
+        "emformer fit",
+        "Train a model and write everything into a run folder. Settings come from YAML files, later ones on top of earlier "
+        "ones, and from dotted options: emformer fit -c configs/default.yaml --model.depth 6 --training.seed 1. "
+        "--print_config shows what they amount to. A part is named by its class: --model.ffn SwiGLU, --model.ffn.help SwiGLU; "
+        "your own by its path: --model.form my_module.MyForm.",
+    )
+    parser.add_argument("--run", type=str, default=None, help="the run folder (default: runs/<date-time>)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in this folder, exactly as if it had not been stopped; begin it if there is none. "
+        "Only training.max_steps and loggers may change",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="remove the run in this folder and begin again")
+    settings, options = _settings(parser, arguments)
+    from emformer.training import fit
+
+    done = fit(settings, options["run"], resume=options["resume"], overwrite=options["overwrite"])
+    unit = settings.training.objective.unit
+    print(f"\nrun      {done.path}   ({done.step} steps)")
+    for name, figures in (("last", done.last), ("best", done.best)):
+        if figures:
+            line = f"{name:<8} {figures['val_loss']:.4f} {unit}"
+            if "val_bits_per_byte" in figures:
+                line += f", {figures['val_bits_per_byte']:.4f} bits per byte"
+            print(f"{line}  (step {figures['step']})")
+    print(
+        "\nnext\n"
+        + (
+            f'  emformer generate {done.path} --prompt "The "\n'
+            if settings.training.objective.covers_text
+            else f"  emformer info -c {done.path / 'config.yaml'}\n"
+        )
+        + f"  emformer validate {done.path} --which best\n"
+        f"  emformer fit -c {done.path / 'config.yaml'} --run {done.path} --resume --training.max_steps "
+        f"{2 * settings.training.max_steps}"
+    )
+
+
+def _validate(arguments: Sequence[str]) -> None:
+    parser = _parser("validate", "Loss of a trained model on the validation split of its own text, or on another text.")
+    parser.add_argument("run", help="a run folder or a checkpoint file")
+    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
+    parser.add_argument("--text", help="a text file or glob to measure instead; all of it is read")
+    parser.add_argument("--batch", type=_positive, default=32, help="windows at once (default: 32)")
+    options = _options(parser, arguments)
+    _load_parts()
+    from emformer.evaluation import evaluate
+    from emformer.records import load
+
+    found = evaluate(load(options.run, options.which), options.text, options.batch)
+    print(found)
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    parser = _parser("generate", "Continue a text with a trained model, token by token, with a cache.")
+    parser.add_argument("run", help="a run folder or a checkpoint file")
+    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
+    parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument("--tokens", type=_positive, default=200, help="tokens to add (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)")
+    parser.add_argument("--top-k", type=_positive, default=None, help="sample among the k most probable tokens")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample among the tokens that hold this mass (default: 0.95)")
+    parser.add_argument("--seed", type=int, default=None, help="for a repeatable text")
+    options = _options(parser, arguments)
+    _load_parts()
+    import torch
+
+    from emformer.records import load
+
+    loaded = load(options.run, options.which)
+    prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    if not prompt:
+        raise UserError("the prompt is empty; give --prompt at least one character.")
+    sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p, "seed": options.seed}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens, shown = list(prompt), len(loaded.tokenizer.decode(prompt))
+    print(options.prompt, end="", flush=True)
+    for token in loaded.model.to(device).stream(torch.tensor([prompt], device=device), options.tokens, **sampling):
+        tokens.append(int(token))
+        text = loaded.tokenizer.decode(tokens)
+        if not text.endswith("\ufffd"):  # a character may need more than one token
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    print()
+
+
+def _info(arguments: Sequence[str]) -> None:
+    if arguments and not arguments[0].startswith("-"):
+        parser = _parser("info", "Operators, parameters, decode cache and FLOPs of a run (or of -c FILE).")
+        parser.add_argument("run", help="a run folder or a checkpoint file")
+        parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
+        options = _options(parser, arguments)
+        _load_parts()
+        from emformer.records import load
+
+        loaded = load(options.run, options.which)
+        settings, vocab = loaded.config, loaded.model.vocab
+        print(f"{loaded.path}, step {loaded.step}, vocabulary {vocab:,}\n")
+    else:
+        parser = settings_parser(
+            "emformer info",
+            "Operators, parameters, decode cache and FLOPs: emformer info RUN, or emformer info -c FILE with any overrides. "
+            "Nothing is trained; the text is tokenised if its vocabulary is not known otherwise.",
+        )
+        parser.add_argument("--vocab", type=int, default=None, help="size of the vocabulary, instead of reading the text")
+        settings, options = _settings(parser, arguments)
+        from emformer.training.fit import read_text_visibly
+
+        vocab = options["vocab"]
+        if vocab is None:
+            vocab = read_text_visibly(settings.data).tokenizer.get_vocab_size()
+        vocab += settings.training.objective.extra_tokens
+        print(f"vocabulary {vocab:,}\n")
+    from emformer.inspection import costs, table
+
+    print(table(costs(vocab, settings.model), settings.model))
+
+
+def _parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"emformer {command}", description=description, exit_on_error=False)
+
+
+def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except (argparse.ArgumentError, SystemExit) as error:
+        if isinstance(error, SystemExit):  # help was shown, or a required argument is missing and argparse has said so
+            raise
+        raise UserError(f"{error}; {parser.prog} --help lists the options.") from error
+    if unknown:
+        import difflib
+
+        known = [option for action in parser._actions for option in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists the options."
+        raise UserError(f"'{unknown[0]}' is no option of {parser.prog}; {hint}")
+    return options
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "fit": _fit,
+    "validate": _validate,
+    "generate": _generate,
+    "info": _info,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The loss of a trained model on a text."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from emformer.parts import UserError
+from emformer.records import Loaded
+from emformer.text import File, Windows
+from emformer.training.data import ValidationBatches, read_text
+from emformer.training.learner import nll
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats over `positions` targets in `windows` windows, its standard error over windows, bits per byte.
+
+    `bits_per_byte` is None where the objective does not cover the text. The standard error treats windows as independent,
+    which consecutive text is not quite: read it as a lower bound.
+    """
+
+    loss: float
+    error: float
+    unit: str
+    bits_per_byte: float | None
+    windows: int
+    positions: int
+
+    def __str__(self) -> str:
+        line = f"loss {self.loss:.4f} ± {self.error:.4f} {self.unit}"
+        if self.bits_per_byte is not None:
+            line += f"   {self.bits_per_byte:.4f} bits per byte"
+        return f"{line}   ({self.windows:,} windows, {self.positions:,} targets)"
+
+
+def evaluate(loaded: Loaded, text: str | None = None, batch: int = 32) -> Evaluation:
+    """Validate a loaded model on its own validation split, or on all of another text, with its own tokenizer.
+
+    Args:
+        loaded: from `emformer.load`.
+        text: file or glob; None for the run's own validation split.
+        batch: windows at once.
+
+    Raises:
+        UserError: for a text that is missing, binary or shorter than a window, and if the run's corpus no longer gives its
+            tokenizer.
+    """
+    settings = loaded.config
+    objective = settings.training.objective
+    if text is None:
+        blocks = read_text(settings.data)
+        if blocks.tokenizer.to_str() != loaded.tokenizer.to_str():
+            raise UserError(
+                f"the corpus of {loaded.path} has changed and no longer gives its tokenizer; name a text with --text FILE."
+            )
+        tokens, bytes_per_token = blocks.validation, blocks.bytes_per_token("validation")
+    else:
+        import numpy as np
+
+        documents = list(File(text).documents())
+        encoded = loaded.tokenizer.encode_batch(documents, add_special_tokens=False)
+        tokens = np.concatenate([np.asarray(one.ids, dtype=np.int64) for one in encoded])
+        bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
+    windows = Windows(tokens, settings.model.context, 0)
+    vocab = loaded.tokenizer.get_vocab_size()
+    batches = ValidationBatches(windows, objective, vocab, batch, None)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = loaded.model.to(device)
+    losses, counts = [], []
+    bar = tqdm(DataLoader(batches, batch_size=None), unit="batch", leave=False, disable=not sys.stderr.isatty())
+    with torch.inference_mode():
+        for one in bar:
+            moved = one._replace(inputs=one.inputs.to(device), targets=one.targets.to(device))
+            losses.append(float(nll(model, moved)))
+            counts.append(one.total)
+    total, positions = math.fsum(losses), sum(counts)
+    loss = total / positions
+    spread = math.fsum((x - loss * n) ** 2 for x, n in zip(losses, counts, strict=True))
+    many = len(losses)
+    error = math.sqrt(spread * many / max(1, many - 1)) / positions if many > 1 else math.nan
+    bits = loss / math.log(2) / bytes_per_token if objective.covers_text else None
+    return Evaluation(loss, error, objective.unit, bits, len(windows), positions)

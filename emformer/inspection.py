@@ -1,0 +1,139 @@
+"""What a configuration is, counted: operators, parameters, decode cache and arithmetic (math A.7). Nothing is run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from emformer.model import Emformer
+from emformer.settings import Model
+
+FLASH_WIDTH = 256  # widest head that the flash kernels of GPUs take
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One layer. Multiply-adds are per token at the full context, forward only; FLOPs are twice as many.
+
+    `cache` counts the numbers that decoding keeps per token; `visible` is the mean number of keys a query sees.
+    """
+
+    form: str
+    content: str
+    path: str
+    parameters: int
+    cache: int
+    projections: int
+    attention: int
+    ffn: int
+    visible: float
+    width: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A whole model. `parameters` counts shared tensors once; `unembedding` is multiply-adds per token."""
+
+    layers: list[LayerCost]
+    parameters: int
+    embedding_parameters: int
+    unembedding: int
+
+    @property
+    def cache(self) -> int:
+        """Numbers kept per token, over all layers."""
+        return sum(layer.cache for layer in self.layers)
+
+    @property
+    def forward_flops(self) -> int:
+        """FLOPs of a forward pass, per token."""
+        macs = sum(layer.projections + layer.attention + layer.ffn for layer in self.layers)
+        return 2 * (macs + self.unembedding)
+
+    @property
+    def training_flops(self) -> int:
+        """FLOPs of forward and backward pass, per token: three forward passes."""
+        return 3 * self.forward_flops
+
+
+def costs(vocab: int, settings: Model) -> Costs:
+    """Count what a model of these settings would hold and compute. Built without memory, on the meta device."""
+    with torch.device("meta"):
+        model = Emformer(vocab, **vars(settings))
+    layers = []
+    for index in range(settings.depth):
+        block, own = model.layer(index), settings.layer(index)
+        attention = block.attention
+        i = torch.arange(settings.context)
+        visible = float(own.mask.visible(i[:, None], i[None, :]).sum()) / settings.context
+        form, content = attention.form, attention.content
+        # a right factor that is the identity costs nothing, and the left one is a product with r rows a head
+        projections = sum(
+            settings.dim * operator.rank * (operator.heads + (0 if operator.identity_right else operator.groups))
+            for operator in (form, content)
+        )
+        width = max(form.rank, content.rank)
+        ffn = 0 if block.ffn is None else sum(p.numel() for p in block.ffn.parameters() if p.ndim == 2)
+        layers.append(
+            LayerCost(
+                form=str(own.form),
+                content=str(own.content),
+                path="absorbed" if attention.absorbs else "projected",
+                parameters=sum(p.numel() for p in block.parameters()),
+                cache=attention.cache_numbers,
+                projections=projections,
+                attention=round(settings.heads * visible * (form.rank + content.rank)),
+                ffn=ffn,
+                visible=visible,
+                width=width,
+            )
+        )
+    embedding = {id(p): p.numel() for p in (*model.embedding.parameters(), *model.unembedding.parameters())}
+    return Costs(
+        layers,
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding_parameters=sum(embedding.values()),
+        unembedding=vocab * settings.dim,
+    )
+
+
+def table(found: Costs, settings: Model) -> str:
+    """The counts as text: one line for each run of equal layers, then totals and what to know about them."""
+    lines = [f"{'layers':<8}{'form M':<34}{'content F':<34}{'decodes':<11}{'parameters':>11}{'cache/token':>13}"]
+    start = 0
+    for index, layer in enumerate(found.layers):
+        if index + 1 < len(found.layers) and found.layers[index + 1] == layer:
+            continue
+        span = f"{start}" if start == index else f"{start}-{index}"
+        lines.append(
+            f"{span:<8}{_short(layer.form):<34}{_short(layer.content):<34}{layer.path:<11}"
+            f"{layer.parameters:>11,}{layer.cache:>13,}"
+        )
+        start = index + 1
+    total = found.layers
+    lines += [
+        "",
+        f"parameters      {found.parameters:,} (embedding and unembedding {found.embedding_parameters:,}"
+        + (", blocks shared by all layers)" if settings.shared else ")"),
+        f"decode cache    {found.cache:,} numbers a token: {4 * found.cache:,} bytes in float32, {2 * found.cache:,} in bfloat16",
+        f"FLOPs a token   {found.forward_flops:,} forward, {found.training_flops:,} in training, at context {settings.context}",
+        f"  projections   {2 * sum(layer.projections for layer in total):,}",
+        f"  attention     {2 * sum(layer.attention for layer in total):,}  ({total[0].visible:.1f} keys seen by the mean query)",
+        f"  FFN           {2 * sum(layer.ffn for layer in total):,}",
+        f"  unembedding   {2 * found.unembedding:,}",
+    ]
+    widest = max(layer.width for layer in total)
+    if widest > FLASH_WIDTH:
+        lines.append(
+            f"note            heads are {widest} wide, and flash attention on GPUs ends at {FLASH_WIDTH}: "
+            "there the attention matrix is held in memory"
+        )
+    return "\n".join(lines)
+
+
+def _short(part: str) -> str:
+    """A part's name with the arguments that fit."""
+    part = part.replace(", groups=None", "").replace(", score_std=1.0", "").replace(", update_std=1.0", "")
+    part = part.replace("init='normal'", "")
+    return part if len(part) <= 33 else part[:32] + "…"

@@ -1,0 +1,222 @@
+"""What every kernel promises: the fused mixture is the one of its weights, under every mask and every grouping."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from builders import examples, span, variants
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from emformer import parts
+from emformer.kernels import Kernel, Softmax
+from emformer.masks import Causal, Full, Visible, visible
+
+H, S = 4, 7
+EVERY = pytest.mark.parametrize("setting", examples(parts.Kernel))
+MASKS = pytest.mark.parametrize("mask", examples(parts.Mask))
+QUERIES = pytest.mark.parametrize("queries", [S, 3, 1], ids="last{}".format)  # all, or the last ones of the keys
+SHAPES = [  # (G of keys, G of contents, r_M, r_F)
+    pytest.param((4, 4, 6, 6), id="multi-head"),
+    pytest.param((4, 4, 6, 3), id="narrow content"),
+    pytest.param((4, 4, 3, 6), id="narrow form"),
+    pytest.param((2, 4, 6, 6), id="grouped keys"),
+    pytest.param((4, 1, 6, 2), id="shared content"),
+    pytest.param((1, 2, 2, 5), id="mixed groups"),
+    pytest.param((1, 1, 8, 8), id="one cloud for all"),
+]
+
+
+def normal(*shape: int, dtype=torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=dtype)
+
+
+def per_head(x: Tensor) -> Tensor:
+    """(B, G, S, r) -> (B, H, S, r): head h takes group h G // H."""
+    return torch.stack([x[:, h * x.shape[1] // H] for h in range(H)], 1)
+
+
+def pattern(mask: parts.Mask, queries: int):
+    j = span(S)
+    return visible(mask, j[S - queries :], j), mask.visible(j[S - queries :, None], j[None, :])
+
+
+def build(setting: parts.Kernel, mask: parts.Mask, queries: int = S, dtype=torch.float64) -> Kernel:
+    torch.manual_seed(0)
+    kernel = setting.build(H).to(dtype)
+    assert isinstance(kernel, Kernel)
+    if not kernel.rowwise and (mask.causal or queries < S):
+        pytest.skip("a kernel that reads all rows has no causal mask")
+    return kernel
+
+
+@EVERY
+@MASKS
+@QUERIES
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@torch.no_grad()
+def test_the_fused_mixture_is_the_one_of_the_weights(setting, mask, queries, shape, dtype, close):
+    kernel = build(setting, mask, queries, dtype)
+    keys, contents, rank, width = shape
+    sizes = (H, queries, rank), (keys, S, rank), (contents, S, width)
+    u, v, c = (normal(2, *size, dtype=dtype) for size in sizes)
+    seen, _ = pattern(mask, queries)
+    mixture = kernel(u, v, c, seen)
+    assert mixture.shape == (2, H, queries, width)
+    assert (mixture - kernel.weights(u, v, seen) @ per_head(c)).abs().max() < close
+
+
+@EVERY
+@MASKS
+@QUERIES
+@torch.no_grad()
+def test_weights_are_weights(setting, mask, queries):
+    """Nonnegative, exactly zero where the mask hides, rows that sum to one if the kernel says so."""
+    kernel = build(setting, mask, queries)
+    seen, table = pattern(mask, queries)
+    a = kernel.weights(3 * normal(2, H, queries, 6), normal(2, 2, S, 6), seen)
+    assert a.shape == (2, H, queries, S)
+    assert a.isfinite().all() and (a >= 0).all()
+    assert (a.masked_select(~table) == 0).all()
+    assert a.masked_select(table).any()
+    if kernel.normalised:
+        assert (a.sum(-1) - 1).abs().max() < 1e-12
+
+
+@EVERY
+@MASKS
+@torch.no_grad()
+def test_a_constant_on_a_row_of_scores(setting, mask):
+    """Nothing to a kernel that is invariant under it, something to one that is not."""
+    kernel = build(setting, mask)
+    if kernel.reads_factors:
+        pytest.skip("the score alone does not determine the weights")
+    u, v, c, seen = normal(2, H, S, 6), normal(2, H, S, 6), normal(2, H, S, 6), pattern(mask, S)[0]
+    lifted = torch.cat([u, normal(2, H, S, 1)], -1), torch.cat([v, torch.ones(2, H, S, 1, dtype=v.dtype)], -1)
+    weights = (kernel.weights(*lifted, seen) - kernel.weights(u, v, seen)).abs().max()
+    mixture = (kernel(*lifted, c, seen) - kernel(u, v, c, seen)).abs().max()
+    if kernel.row_invariant:
+        assert weights < 1e-12 and mixture < 1e-12
+    else:
+        assert weights > 1e-3
+
+
+@EVERY
+@MASKS
+@torch.no_grad()
+def test_a_row_needs_no_other_row(setting, mask):
+    """What `rowwise` claims, and what a cache and chunks of queries rest on."""
+    kernel = build(setting, mask)
+    u, v, c = normal(2, H, S, 6), normal(2, H, S, 6), normal(2, H, S, 6)
+    whole = kernel(u, v, c, pattern(mask, S)[0])
+    alone = torch.cat([kernel(u[:, :, [k]], v, c, _rows(mask, [k])) for k in range(S)], 2)
+    assert ((whole - alone).abs().max() < 1e-12) == kernel.rowwise
+
+
+def _rows(mask: parts.Mask, rows: list[int]):
+    j = span(S)
+    return Visible(mask.visible(j[rows][:, None], j[None, :]))
+
+
+@EVERY
+@MASKS
+@torch.no_grad()
+def test_what_is_hidden_is_not_read(setting, mask):
+    """Hidden keys and contents may hold anything."""
+    kernel = build(setting, mask)
+    seen, table = pattern(mask, S)
+    u, v, c = normal(2, H, S, 6), normal(2, H, S, 6), normal(2, H, S, 6)
+    before = kernel(u, v, c, seen)
+    for k in range(S):
+        others = v.clone(), c.clone()
+        for x in others:
+            x[:, :, k] += 5 * normal(2, H, 6)
+        after = kernel(u, *others, seen)
+        blind = ~table[:, k]
+        assert torch.equal(after[:, :, blind], before[:, :, blind])
+        assert (after[:, :, ~blind] - before[:, :, ~blind]).abs().amax((0, 1, 3)).gt(1e-6).all()
+
+
+@EVERY
+@MASKS
+def test_fused_and_reference_have_the_same_gradients(setting, mask):
+    kernel = build(setting, mask)
+    if not kernel.differentiable:
+        pytest.skip("not differentiable")
+    seen = pattern(mask, S)[0]
+    given = [normal(1, *size).requires_grad_() for size in ((H, S, 4), (2, S, 4), (1, S, 3))]
+    out = normal(1, H, S, 3)
+    u, v, c = given
+    fused = torch.autograd.grad((kernel(u, v, c, seen) * out).sum(), given)
+    plain = torch.autograd.grad((kernel.weights(u, v, seen) @ per_head(c) * out).sum(), given)
+    assert all((a - b).abs().max() < 1e-10 for a, b in zip(fused, plain, strict=True))
+    assert torch.autograd.gradcheck(lambda u, v: kernel.weights(u, v, seen), given[:2])
+
+
+@EVERY
+def test_its_state_carries_everything(setting):
+    kernel, other = setting.build(H), setting.build(H)
+    other.load_state_dict(kernel.state_dict())
+    u, v, seen = normal(1, H, S, 4).float(), normal(1, H, S, 4).float(), pattern(Full(), S)[0]
+    assert torch.equal(kernel.weights(u, v, seen), other.weights(u, v, seen))
+
+
+@torch.no_grad()
+def test_softmax_by_hand():
+    """beta multiplies the score, and the weights are its softmax over what is visible."""
+    u, v = normal(1, H, S, 4), normal(1, 2, S, 4)
+    a = Softmax(beta=2.5).build(H).weights(u, v, pattern(Causal(), S)[0])
+    for h, i in itertools.product(range(H), range(S)):
+        power = (2.5 * v[0, h // 2, : i + 1] @ u[0, h, i]).exp()
+        assert (a[0, h, i, : i + 1] - power / power.sum()).abs().max() < 1e-12
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that really ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@MASKS
+@QUERIES
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_softmax_really_takes_the_flash_kernel(mask, queries, shape, training):
+    """CPU flash gives way without a word where widths or head counts differ. So: nothing else is allowed, and it ran."""
+    kernel = Softmax().build(H)
+    keys, contents, rank, width = shape
+    u, v, c = (
+        torch.randn(2, *size, requires_grad=training)
+        for size in ((H, queries, rank), (keys, S, rank), (contents, S, width))
+    )
+    seen, _ = pattern(mask, queries)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+        kernel(u, v, c, seen)
+    with Calls() as calls:
+        kernel(u, v, c, seen)
+    assert sum("_scaled_dot_product_flash_attention" in name for name in calls.names) == 1, calls.names
+    assert not any("softmax" in name for name in calls.names), calls.names
+
+
+def test_the_instrument_sees_a_fallback():
+    """Unequal widths, handed to torch as they are, take the quadratic path."""
+    u, v, c = torch.randn(2, H, S, 6), torch.randn(2, H, S, 6), torch.randn(2, H, S, 3)
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), pytest.raises(RuntimeError):
+        torch.nn.functional.scaled_dot_product_attention(u, v, c)
+    with Calls() as calls:
+        torch.nn.functional.scaled_dot_product_attention(u, v, c)
+    assert not any("flash" in name for name in calls.names)
+
+
+def test_something_is_tested():
+    assert Softmax in variants(parts.Kernel)

@@ -1,0 +1,521 @@
+"""What every model promises, whatever it is composed of: flow, symmetry, precision, generation."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders import VOCAB, examples, fill, model, span, stir, words
+from torch.nn import functional
+
+import emformer
+from emformer import parts
+from emformer.block import PostNorm
+from emformer.ffn import GELU
+from emformer.masks import All, Causal, Full, Window
+from emformer.model import Emformer, choose
+from emformer.norms import LayerNorm, RMSNorm
+from emformer.operators import Dense, LowRank
+from emformer.parts import UserError
+from emformer.positions import RoPE
+from emformer.settings import Drift, Embedding, Functional, Learned
+
+T = 10
+
+
+def _kernel(kernel: parts.Kernel) -> dict[str, Any]:
+    return {"kernel": kernel, "mask": Causal() if kernel.build(2).rowwise else Full()}
+
+
+# every example of every kind of part, in a model
+CHANGES = {
+    parts.Operator: lambda part: {"form": part, "content": part},
+    parts.Kernel: _kernel,
+    parts.Position: lambda part: {"positions": [part]},
+    parts.Mask: lambda part: {"mask": part},
+    parts.Norm: lambda part: {"norm": part},
+    parts.FFN: lambda part: {"ffn": part},
+    parts.Placement: lambda part: {"placement": part, "ffn": GELU()},
+}
+COMPOSED = [
+    pytest.param({"functional": Functional(), "drift": Drift(), "ffn": GELU()}, id="functional, drift"),
+    pytest.param({"functional": Functional(), "drift": Drift(), "positions": [RoPE()]}, id="functional, drift, rope"),
+    pytest.param({"embedding": Embedding(0.5, 0.3, positions=Learned(0.5)), "shared": True}, id="learned, shared"),
+    pytest.param({"form": Dense(), "positions": [RoPE()], "epsilon": 0.5, "ffn": GELU()}, id="dense form, rope, step"),
+    pytest.param({"norm": None, "epsilon": 0.3}, id="no norm"),
+    pytest.param({"layers": {1: {"form": Dense(), "norm": LayerNorm(bias=True), "epsilon": 0.5}}}, id="mixed layers"),
+]
+SINGLE = [
+    pytest.param(change(example.values[0]), id=str(example.id))
+    for kind, change in CHANGES.items()
+    for example in examples(kind)
+]
+EVERY = pytest.mark.parametrize("fields", SINGLE + COMPOSED)
+
+
+# The flow -------------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@torch.no_grad()
+def test_the_flow_closes(fields):
+    """after = place(before + eps update), update = sum_h D^h + g, and each step starts where the last one ended."""
+    net, tokens = model(**fields), words(T)
+    x = net.embed(tokens, span(T))
+    points = []
+    for step in net.flow(tokens):
+        block = net.layer(step.layer)
+        points.append((step.layer, step.point))
+        assert torch.equal(step.before, x)
+        read, place = (block.read_attn, block.place_attn) if step.point == "attn" else (block.read_ffn, block.place_ffn)
+        assert (step.read - read(step.before)).abs().max() < 1e-12
+        assert (step.after - place(step.before + block.epsilon * step.update)).abs().max() < 1e-12
+        if net.settings.placement.closes:  # the raw stream is a plain sum
+            assert (step.after - step.before - block.epsilon * step.update).abs().max() < 1e-12
+        if step.point == "attn":
+            heads = net.head_updates(step)
+            drift = 0 if block.attention.drift is None else block.attention.drift
+            assert heads.shape == (2, net.settings.heads, T, net.settings.dim)
+            assert (heads.sum(1) + drift - step.update).abs().max() < 1e-12
+        else:
+            assert step.mixture is None
+            assert (step.update - block.ffn(step.read)).abs().max() < 1e-12
+            with pytest.raises(ValueError, match="heads"):
+                net.head_updates(step)
+        x = step.after
+    networks = [net.layer(k).ffn is not None for k in range(net.settings.depth)]
+    assert points == [(k, p) for k, has in enumerate(networks) for p in (["attn", "ffn"] if has else ["attn"])]
+
+
+@EVERY
+@torch.no_grad()
+def test_forward_unembeds_the_last_state(fields):
+    net, tokens = model(**fields), words(T)
+    *_, step = net.flow(tokens)
+    logits = net(tokens)
+    assert torch.equal(net.unembed(step.after), logits)
+    assert logits.shape == (2, T, VOCAB) and logits.isfinite().all()
+    assert logits.std() > 0.1
+
+
+@EVERY
+@torch.no_grad()
+def test_the_pattern_explains_the_mixture(fields):
+    """The reference weights times the contents are the mixture that the flow went on with."""
+    net = model(**fields)
+    for step in net.flow(words(T)):
+        if step.point == "attn":
+            layer = net.layer(step.layer).attention
+            a, c = layer.weights(step.read, span(T)), layer.content.right(step.read)
+            c = torch.stack([c[:, h * c.shape[1] // layer.content.heads] for h in range(layer.content.heads)], 1)
+            assert (a @ c - step.mixture).abs().max() < 1e-12
+
+
+@EVERY
+@torch.no_grad()
+def test_a_causal_model_decodes_what_it_computes(fields):
+    net, tokens = model(**fields), words(T)
+    layers = [net.layer(k).attention for k in range(net.settings.depth)]
+    if not all(layer.mask.causal and layer.kernel.rowwise for layer in layers):
+        pytest.skip("not causal")
+    memory = net.memory()
+    states = [step.after for piece in tokens.split([4, *[1] * (T - 4)], 1) for *_, step in [net.flow(piece, memory)]]
+    assert (net.unembed(torch.cat(states, 1)) - net(tokens)).abs().max() < 1e-10
+    assert [m.numbers for m in memory] == [layer.cache_numbers for layer in layers]
+
+
+def test_a_full_memory_says_so():
+    net = model(context=4)
+    memory = net.memory()
+    list(net.flow(words(4), memory))
+    with pytest.raises(ValueError, match="4"):
+        list(net.flow(words(1), memory))
+
+
+@pytest.mark.parametrize("seen", [0, 4])
+def test_positions_that_were_never_learned_are_refused(seen):
+    """In one piece, and as the continuation of a memory with more room than there are positions."""
+    net = model(context=4, embedding=Embedding(positions=Learned()))
+    memory = net.memory(8)
+    if seen:
+        list(net.flow(words(seen), memory))
+    with pytest.raises(ValueError, match="position"):
+        list(net.flow(words(5 - seen), memory))
+
+
+@EVERY
+def test_every_parameter_learns(fields):
+    net, tokens = model(**fields), words(T)
+    functional.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
+
+
+@EVERY
+@torch.no_grad()
+def test_a_state_rebuilds_the_model(fields):
+    net, tokens = model(**fields), words(T)
+    twin = (
+        Emformer(net.vocab, **{f: getattr(net.settings, f) for f in net.settings.__dataclass_fields__}).double().eval()
+    )
+    assert not torch.equal(twin(tokens), net(tokens))
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin(tokens), net(tokens))
+    assert all(name.replace(".", "_").isidentifier() for name in net.state_dict())
+
+
+# Symmetries -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param(CHANGES[kind](example.values[0]), id=str(example.id))
+        for kind in CHANGES
+        if kind not in (parts.Mask, parts.Position)
+        for example in examples(kind)
+    ],
+)
+@torch.no_grad()
+def test_without_mask_and_positions_order_means_nothing(seed, fields):
+    net, tokens, order = model(**(fields | {"mask": Full()})), words(T), torch.randperm(T)
+    assert (net(tokens[:, order]) - net(tokens)[:, order]).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"mask": Causal()}, {"mask": Full(), "positions": [RoPE()]}, {"mask": Window(size=3)}],
+    ids=["causal", "rope", "window"],
+)
+@torch.no_grad()
+def test_mask_and_positions_give_order_a_meaning(fields):
+    torch.manual_seed(0)
+    net, tokens, order = model(**fields), words(T), torch.randperm(T)
+    assert (net(tokens[:, order]) - net(tokens)[:, order]).abs().max() > 1e-2
+
+
+def rotated(net: Emformer, q: torch.Tensor, **fields) -> Emformer:
+    """The same model in the coordinates x' = Q x of E."""
+    twin = model(**fields)
+    twin.load_state_dict(net.state_dict())
+    for weight in (twin.embedding.weight, twin.unembedding.weight, twin.positions):
+        if weight is not None:
+            fill(weight, weight @ q.mT)
+    for block in twin.blocks:
+        for operator in (block.attention.form, block.attention.content):
+            if operator.identity_right:
+                fill(operator.left_factor, q @ operator.left_factor @ q.mT)
+            else:
+                fill(operator.left_factor, operator.left_factor @ q.mT)
+                fill(operator.right_factor, operator.right_factor @ q.mT)
+        if block.attention.drift is not None:
+            fill(block.attention.drift, block.attention.drift @ q.mT)
+        if block.attention.biases is not None and block.attention.form.identity_right:
+            fill(block.attention.biases.left, block.attention.biases.left @ q.mT)
+    return twin
+
+
+ROTATABLE = {
+    "low-rank": {},
+    "grouped": dict(form=LowRank(rank=4, groups=1), content=LowRank(rank=2)),
+    "low-rank, rope": dict(positions=[RoPE()]),
+    "dense": dict(form=Dense(), content=Dense(), functional=Functional()),
+    "dense form": dict(form=Dense(), drift=Drift(), functional=Functional()),
+    "learned positions": dict(embedding=Embedding(1.0, 0.3, positions=Learned(std=0.5)), mask=Full()),
+    "post-norm": dict(placement=PostNorm()),
+    "window": dict(mask=All(masks=(Causal(), Window(size=3))), functional=Functional(), drift=Drift(), shared=True),
+}
+
+
+@pytest.mark.parametrize("name", ROTATABLE)
+@torch.no_grad()
+def test_no_direction_of_space_is_special(seed, name):
+    """RMSNorm without gain and no FFN: rotating E changes no logit."""
+    fields = dict(norm=RMSNorm(gain=False)) | ROTATABLE[name]
+    net, tokens = model(**fields), words(T)
+    q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    assert (rotated(net, q, **fields)(tokens) - net(tokens)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"norm": LayerNorm(gain=False)}, {"norm": RMSNorm()}, {"form": Dense(), "positions": [RoPE()]}],
+    ids=["mean removed", "gain", "planes of dense rope"],
+)
+@torch.no_grad()
+def test_what_does_single_directions_out_is_seen(fields):
+    torch.manual_seed(0)
+    fields = dict(norm=RMSNorm(gain=False)) | fields
+    net, tokens = model(**fields), words(T)
+    q = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    assert (rotated(net, q, **fields)(tokens) - net(tokens)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_a_shared_block_is_one_flow(seed):
+    """Applying the L-layer model twice is the 2L-layer model (math A.1)."""
+    net, tokens = model(shared=True, depth=2, ffn=GELU()), words(T)
+    double = model(shared=True, depth=4, ffn=GELU())
+    double.load_state_dict(net.state_dict())
+    *_, step = net.flow(tokens)
+    x = step.after
+    for index in range(2):
+        for again in net.layer(index).flow(x, span(T), None, index):
+            x = again.after
+    assert (net.unembed(x) - double(tokens)).abs().max() < 1e-12
+
+
+# Modes and precision --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_dropout_acts_in_training_only():
+    fields = dict(ffn=GELU(), dropout=0.5)
+    net, tokens = model(**fields), words(T)
+    without = model(ffn=GELU())
+    without.load_state_dict(net.state_dict())
+    assert torch.equal(net(tokens), without(tokens)) and torch.equal(net(tokens), net(tokens))
+    net.train()
+    assert (net(tokens) - net(tokens)).abs().max() > 1e-2
+    for step in net.flow(tokens):
+        if (step.layer, step.point) == (0, "attn"):
+            assert 0.2 < (step.before == 0).double().mean() < 0.8  # on the embedding
+        assert 0.2 < (step.after == step.before).double().mean() < 0.8  # and on every update
+    without.train()
+    assert torch.equal(without(tokens), without(tokens))
+
+
+@EVERY
+def test_autocast_stays_close(fields):
+    """bfloat16 keeps 8 bits: states agree within 5 % of their length, and gradients are finite."""
+    torch.manual_seed(0)
+    net, tokens = model(dtype=torch.float32, **fields), words(T)
+    exact = net(tokens).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(tokens)
+        loss = functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
+    loss.backward()
+    error = (logits.float() - exact).norm() / exact.norm()
+    assert 0 < error < 0.05
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+
+
+@EVERY
+@torch.no_grad()
+def test_decoding_under_autocast_stays_close(fields):
+    torch.manual_seed(0)
+    net, tokens = model(dtype=torch.float32, **fields), words(T)
+    if not all(net.layer(k).attention.mask.causal for k in range(2)):
+        pytest.skip("not causal")
+    exact, memory = net(tokens), net.memory()
+    with torch.autocast("cpu", torch.bfloat16):
+        pieces = tokens.split([4, *[1] * (T - 4)], 1)
+        logits = torch.cat([net.unembed(step.after) for piece in pieces for *_, step in [net.flow(piece, memory)]], 1)
+    assert (logits.float() - exact).norm() / exact.norm() < 0.05
+
+
+COMPILED = """
+import torch
+from emformer.block import PreNorm
+from emformer.ffn import GELU
+from emformer.kernels import Softmax
+from emformer.masks import Causal
+from emformer.model import Emformer
+from emformer.norms import RMSNorm
+from emformer.operators import LowRank
+from emformer.positions import RoPE
+torch.manual_seed(0)
+net = Emformer(
+    11, dim=8, depth=2, heads=2, form=LowRank(rank=4, groups=1), content=LowRank(rank=2), kernel=Softmax(),
+    mask=Causal(), placement=PreNorm(), norm=RMSNorm(), ffn=GELU(), positions=[RoPE()],
+).eval()
+tokens = torch.randint(11, (2, 12))
+with torch.no_grad():
+    expected = net(tokens)
+    error = (torch.compile(net, fullgraph=True)(tokens) - expected).abs().max() / expected.abs().max()
+print(error.item())
+assert error < 1e-5
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler")
+def test_it_compiles_as_one_graph(tmp_path):
+    """In a process of its own: checked annotations are not compilable, and nobody compiles them."""
+    root = str(Path(emformer.__file__).parents[1])
+    there = os.environ | {"PYTHONPATH": root, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILED], env=there, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+# Generation -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_determines_what_is_generated():
+    net, prompt = model(), words(3)
+    state = torch.get_rng_state()
+    first, again, other = (net.generate(prompt, 15, seed=s) for s in (1, 1, 2))
+    net.generate(prompt, 3)
+    assert torch.equal(torch.get_rng_state(), state), "generation has a generator of its own"
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert torch.equal(first[:, :3], prompt) and first.shape == (2, 18)
+    assert first.min() >= 0 and first.max() < VOCAB
+    torch.manual_seed(5)
+    assert torch.equal(net.generate(prompt, 15, seed=1), first)
+
+
+@torch.no_grad()
+def greedy(net: Emformer, tokens: torch.Tensor, count: int) -> torch.Tensor:
+    """Without a cache: the most probable token; a full context starts again from its later half."""
+    context = net.settings.context
+    window = tokens[:, -context:]
+    for _ in range(count):
+        new = net(window)[:, -1].argmax(-1, keepdim=True)
+        tokens, window = torch.cat([tokens, new], 1), torch.cat([window, new], 1)
+        if window.shape[1] > context:
+            window = window[:, -(context // 2) :]
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"positions": [RoPE()], "ffn": GELU()},
+        {"form": Dense(), "content": Dense(), "positions": [RoPE()]},
+        {"embedding": Embedding(1.0, 0.3, positions=Learned(std=0.5))},
+        {"form": LowRank(rank=1), "content": LowRank(rank=1), "mask": All(masks=(Causal(), Window(size=3)))},
+    ],
+    ids=["low-rank", "rope", "dense rope", "learned", "window"],
+)
+@pytest.mark.parametrize("length", [1, 5, 8, 20])
+def test_greedy_generation_by_cache_goes_beyond_the_context(seed, fields, length):
+    net, prompt = model(context=8, **fields), words(length)
+    expected = greedy(net, prompt, 30)
+    assert torch.equal(net.generate(prompt, 30, temperature=0), expected)
+    assert torch.equal(net.generate(prompt, 30, top_k=1, seed=seed), expected)
+    assert torch.equal(net.generate(prompt, 30, top_p=1e-9, seed=seed), expected)
+
+
+def drawn(count: int, **settings) -> torch.Tensor:
+    """Frequencies of the tokens of probabilities .5, .3, .15, .05 (in another order) over many draws."""
+    logits = torch.tensor([0.15, 0.5, 0.05, 0.3]).log().repeat(count, 1) + 3.0
+    defaults = dict(temperature=1.0, top_k=None, top_p=None)
+    tokens = choose(logits, **(defaults | settings), generator=torch.Generator().manual_seed(0))
+    return torch.bincount(tokens, minlength=4) / count
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.49, {1}), (0.51, {1, 3}), (0.79, {1, 3}), (0.81, {0, 1, 3}), (0.96, {0, 1, 2, 3}), (1.0, {0, 1, 2, 3})],
+)
+def test_top_p_keeps_the_smallest_set(top_p, kept):
+    frequency = drawn(4000, top_p=top_p)
+    assert set(frequency.nonzero().flatten().tolist()) == kept
+    chosen = torch.tensor([0.15, 0.5, 0.05, 0.3]) * torch.tensor([float(k in kept) for k in range(4)])
+    assert (frequency - chosen / chosen.sum()).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
+)
+def test_top_k_keeps_the_most_probable(top_k, kept):
+    assert set(drawn(4000, top_k=top_k).nonzero().flatten().tolist()) == kept
+
+
+def test_temperature_divides_the_logits():
+    for temperature in (0.5, 2.0):
+        power = torch.tensor([0.15, 0.5, 0.05, 0.3]) ** (1 / temperature)
+        assert (drawn(20000, temperature=temperature) - power / power.sum()).abs().max() < 0.015
+    assert drawn(10, temperature=0)[1] == 1
+
+
+def test_rows_of_a_batch_do_not_meet():
+    net, prompt = model(), words(4)
+    both = net.generate(prompt, 12, temperature=0)
+    assert all(torch.equal(both[[k]], net.generate(prompt[[k]], 12, temperature=0)) for k in range(2))
+
+
+def test_streaming_is_generating():
+    net, prompt = model(), words(4)
+    stream = torch.stack(list(net.stream(prompt, 12, seed=3)), 1)
+    assert torch.equal(torch.cat([prompt, stream], 1), net.generate(prompt, 12, seed=3))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_generation_leaves_the_mode_as_it_was(training):
+    net = model(dropout=0.5).train(training)
+    a, b = net.generate(words(3), 5, seed=0), net.generate(words(3), 0)
+    assert net.training == training and b.shape == (2, 3)
+    assert not a.is_inference()
+
+
+def test_between_two_tokens_the_caller_is_left_alone():
+    """A stream may be consumed in the middle of anything: gradients are on again at every token, and after a break."""
+    net = model()
+    for count, _ in enumerate(net.stream(words(3), 5, seed=0)):
+        assert not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        if count == 2:
+            break
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.parametrize("mask", [Full(), Window(size=3)], ids=repr)
+def test_a_model_that_is_not_causal_cannot_generate(mask):
+    with pytest.raises(UserError, match="causal"):
+        model(mask=mask).generate(words(3), 2)
+    with pytest.raises(UserError, match="causal"):
+        model(layers={1: {"mask": mask}}).generate(words(3), 2)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"tokens": torch.zeros(1, 0).long()}],
+    ids=repr,
+)
+def test_settings_out_of_range_are_refused(wrong):
+    with pytest.raises(UserError, match="generate"):
+        model().generate(**({"tokens": words(3), "count": 2} | wrong))
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"dim": 0},
+        {"heads": 0},
+        {"dropout": 1.0},
+        {"layers": {2: {}}},
+        {"layers": {0: {"depth": 3}}},
+        {"shared": True, "layers": {0: {"epsilon": 0.5}}},
+        {"form": LowRank(rank=3), "positions": [RoPE()]},
+        {"form": LowRank(rank=4, groups=3)},
+    ],
+    ids=repr,
+)
+def test_what_cannot_be_built_is_refused_in_a_sentence(wrong):
+    with pytest.raises(UserError) as error:
+        model(**wrong)
+    assert str(error.value).endswith(".") and "\n" not in str(error.value)
+
+
+def test_layers_see_their_own_settings():
+    net = model(depth=3, layers={1: {"form": Dense(), "ffn": GELU()}})
+    kinds = [type(net.layer(k).attention.form).__name__ for k in range(3)]
+    assert kinds[0] == kinds[2] != kinds[1]
+    assert [net.layer(k).ffn is None for k in range(3)] == [True, False, True]
+
+
+def test_every_pair_of_form_and_content_works_together():
+    for form, content in itertools.product(examples(parts.Operator), examples(parts.Operator)):
+        net = stir(model(form=form.values[0], content=content.values[0]))
+        assert net(words(T)).isfinite().all()
