@@ -117,7 +117,7 @@ class Attention(nn.Module):
         cloud = y if memory is None else memory.append(y)[0]
         keys = cloud.unsqueeze(1)
         if self.form.identity_right:
-            u, v = self._place(self._queries(y), self._keys(cloud), i, self._index(i, keys.shape[-2]))
+            u, v = self._place(self._queries(y), self._keys(cloud), i, torch.arange(keys.shape[-2], device=i.device))
         else:
             u, v = self._place(self._queries(y), keys, i, i)[0], keys
             u = self.form.pull(u)
@@ -158,9 +158,5 @@ class Attention(nn.Module):
             u, v = position(u, v, i, j)
         return u, v
 
-    def _index(self, i: Index, keys: int) -> Index:
-        """Positions of the keys: the `keys` positions that end with the last query's."""
-        return i if len(i) == keys else torch.arange(keys, device=i.device)
-
     def _visible(self, i: Index, keys: int) -> Visible:
-        return visible(self.mask, i, self._index(i, keys))
+        return visible(self.mask, i, keys)

@@ -75,7 +75,7 @@ class Block(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.epsilon, self.dropout = epsilon, nn.Dropout(dropout)
+        self.epsilon, self.dropout = epsilon, nn.Dropout(dropout) if dropout else None
         self.read_attn, self.place_attn = placement.build(norm, attention.form.dim)
         self.attention = attention
         self.ffn = ffn
@@ -95,5 +95,6 @@ class Block(nn.Module):
             yield Step(layer, "ffn", x, y, None, update, self.place_ffn(self._add(x, update)))
 
     def _add(self, x: Tensor, update: Tensor) -> Tensor:
-        update = self.dropout(update)
+        if self.dropout is not None:
+            update = self.dropout(update)
         return x + update if self.epsilon == 1.0 else x + self.epsilon * update

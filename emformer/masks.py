@@ -10,7 +10,7 @@ import torch
 
 from emformer import parts
 from emformer.parts import UserError
-from emformer.types import Index, KeyIndex, Table
+from emformer.types import Index, Table
 
 Shape = Literal["full", "triangle", "table"]
 
@@ -29,16 +29,16 @@ class Visible(NamedTuple):
         return ones.tril() if self.triangle else ones
 
 
-def visible(mask: parts.Mask, i: Index, j: KeyIndex) -> Visible:
-    """The pattern of `mask` for queries at positions `i` and keys at positions `j` (equal, or i the last of j)."""
+def visible(mask: parts.Mask, i: Index, keys: int) -> Visible:
+    """The pattern of `mask` for queries at positions `i`, the last of the `keys` positions 0, 1, …"""
     if mask.shape == "full":
         return Visible(None)
     if mask.shape == "triangle":
-        if len(i) == len(j):
+        if len(i) == keys:
             return Visible(None, triangle=True)
         if len(i) == 1:  # one new token sees everything before it
             return Visible(None)
-    return Visible(mask.visible(i[:, None], j[None, :]))
+    return Visible(mask.visible(i[:, None], torch.arange(keys, device=i.device)[None, :]))
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Emformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=settings.embedding.std)
         learned = settings.embedding.positions
         self.positions = None if learned is None else nn.Parameter(learned.std * torch.randn(settings.context, settings.dim))
-        self.dropout = nn.Dropout(settings.dropout)
+        self.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
         self.blocks = nn.ModuleList(_block(settings.layer(k)) for k in range(1 if settings.shared else settings.depth))
         closing = settings.layer(settings.depth - 1)
         self.norm = closing.norm.build(settings.dim) if closing.norm and closing.placement.closes else nn.Identity()
@@ -60,7 +60,7 @@ class Emformer(nn.Module):
         """X^0: token vectors, with the learned positions of `i` where the model has them."""
         x = self.embedding(tokens)
         if self.positions is not None:
-            if len(i) > 0 and len(i) > len(self.positions):
+            if len(i) > len(self.positions):
                 raise ValueError(f"{len(i)} tokens, but the learned positions reach {len(self.positions)}")
             x = x + self.positions[i]
         return self.dropout(x)
@@ -131,14 +131,15 @@ class Emformer(nn.Module):
         self.eval()
         try:
             with torch.inference_mode():
-                tokens = tokens[:, -context:]
-                memory, new = self.memory(), tokens
+                new = tokens[:, -context:]
+                memory, seen = self.memory(), [new]
                 for _ in range(count):
                     if memory[0].length + new.shape[1] > context:  # full: start again from the later half
-                        memory, new = self.memory(), tokens[:, -max(1, context // 2) :]
+                        memory, new = self.memory(), torch.cat(seen, 1)[:, -max(1, context // 2) :]
+                        seen = [new]
                     logits = self.unembed(self._last(new, memory)[:, -1:])[:, 0]
                     new = choose(logits, temperature, top_k, top_p, generator)[:, None]
-                    tokens = torch.cat([tokens[:, -context:], new], 1)
+                    seen.append(new)
                     yield new[:, 0]
         finally:
             self.train(training)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     import numpy
@@ -33,7 +33,7 @@ class Part(ABC):
     """An immutable setting. Subclasses are final: they implement the abstract methods and override nothing else."""
 
     @classmethod
-    def examples(cls) -> Sequence[Self]:
+    def examples(cls) -> Sequence[Part]:
         """Instances for the contract suite, small enough for d = 8 and two heads. Default: the bare constructor."""
         return [cls()]
 
@@ -110,7 +110,12 @@ class Placement(Part):
 
 
 class Corpus(Part):
-    """A source of text documents. Iterating twice gives the same documents in the same order."""
+    """A source of text documents. Iterating twice gives the same documents in the same order.
+
+    `remote`: reading all of it may mean a download; a tokenizer then learns from its head only.
+    """
+
+    remote: ClassVar[bool] = False
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -122,7 +127,12 @@ class Corpus(Part):
 
 
 class Tokenizer(Part):
-    """Setting of a tokenizer; `build` trains or loads it."""
+    """Setting of a tokenizer; `build` trains or loads it.
+
+    `reads_all`: learns from the validation part too (a character that is not in the vocabulary cannot be predicted).
+    """
+
+    reads_all: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, texts: Iterator[str]) -> tokenizers.Tokenizer:

@@ -91,9 +91,8 @@ class Rotation(PositionMap):
 
     def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         half = self.width // 2
-        a, b = x[..., :half], x[..., half : self.width]
-        turned = [a * cos - b * sin, b * cos + a * sin]
-        return torch.cat(turned if self.width == x.shape[-1] else [*turned, x[..., self.width :]], -1)
+        a, b, *rest = x.split([half, half, x.shape[-1] - self.width] if self.width < x.shape[-1] else half, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], -1)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ class SoftmaxKernel(Kernel):
 
     def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
         heads, rank, width = u.shape[1], u.shape[-1], c.shape[-1]
+        if v.shape[1] == c.shape[1] == 1 < heads and visible.table is None and not visible.triangle:
+            # heads that share all keys and see all of them are just more queries: nothing is expanded or read H times
+            return self.forward(u.flatten(1, 2).unsqueeze(1), v, c, visible).unflatten(2, (heads, -1)).squeeze(1)
         # The flash kernels take one head count and one width for all three, and fall back silently to the quadratic
         # path otherwise. Expanding a group is free (stride 0), zero columns change neither scores nor mixtures.
         u, v = _widen(u, width), _widen(_expand(v, heads), width)

@@ -81,9 +81,13 @@ class LowRankOperator(Operator):
         return _split(functional.linear(x, self.right_factor.flatten(0, 1)), self.groups)
 
     def pull(self, u: Queries) -> HeadClouds:
+        if self.groups == self.heads:
+            return u @ self.right_factor
         return (u.unflatten(1, (self.groups, -1)) @ self.right_factor.unsqueeze(1)).flatten(1, 2)
 
     def project(self, m: HeadClouds) -> Mixture:
+        if self.groups == self.heads:
+            return m @ self.right_factor.mT
         return (m.unflatten(1, (self.groups, -1)) @ self.right_factor.mT.unsqueeze(1)).flatten(1, 2)
 
     def lift_heads(self, z: Mixture) -> HeadClouds:

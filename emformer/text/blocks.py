@@ -155,8 +155,8 @@ def _discard(folder: Path) -> None:
 
 def _learnable(corpus: Corpus, tokenizer: Tokenizer, share: float, max_tokens: int | None) -> Iterator[str]:
     """The text that the tokenizer may learn from, in chunks; nothing is read before the first is asked for."""
-    remote = getattr(corpus, "remote", False)
-    if getattr(tokenizer, "reads_all", False):
+    remote = corpus.remote
+    if tokenizer.reads_all:
         left = HEAD if remote else None
     else:
         total = 0
@@ -215,8 +215,8 @@ def _write(
             for (text, opens), encoding in zip(batch, encoded, strict=True):
                 number += opens and (max_tokens is None or count < max_tokens)
                 if opens and headed:
-                    np.array([separator], dtype).tofile(tokens)
-                    np.zeros(1, np.uint32).tofile(lengths)
+                    tokens.write(np.array([separator], dtype).tobytes())
+                    lengths.write(np.zeros(1, np.uint32).tobytes())
                     count += 1
                 ids = np.array(encoding.ids, dtype)
                 sizes = _sizes(text, encoding.offsets)
@@ -225,8 +225,8 @@ def _write(
                     continue
                 sizes[0] += pending
                 pending = 0
-                ids.tofile(tokens)
-                sizes.astype(np.uint32).tofile(lengths)
+                tokens.write(ids.tobytes())  # `tofile` would not say that a disk is full
+                lengths.write(sizes.astype(np.uint32).tobytes())
                 count += len(ids)
             if progress is not None:
                 progress(count if max_tokens is None else min(count, max_tokens))

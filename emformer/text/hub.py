@@ -47,7 +47,7 @@ def reachable(seconds: float = 2.0) -> bool:
 
 
 @contextmanager
-def offline() -> Generator[None]:
+def offline() -> Generator[None, None, None]:
     """While inside, `datasets` and `huggingface_hub` look into their local cache only and never retry."""
     import datasets.config
     import huggingface_hub.constants

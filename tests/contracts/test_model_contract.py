@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from builders import VOCAB, examples, fill, model, span, stir, words
+from jsonargparse import ArgumentParser
 from torch.nn import functional
 
 import emformer
@@ -25,7 +27,7 @@ from emformer.norms import LayerNorm, RMSNorm
 from emformer.operators import Dense, LowRank
 from emformer.parts import UserError
 from emformer.positions import RoPE
-from emformer.settings import Drift, Embedding, Functional, Learned
+from emformer.settings import Drift, Embedding, Functional, Learned, Model
 
 T = 10
 
@@ -399,7 +401,7 @@ def greedy(net: Emformer, tokens: torch.Tensor, count: int) -> torch.Tensor:
 def test_greedy_generation_by_cache_goes_beyond_the_context(seed, fields, length):
     net, prompt = model(context=8, **fields), words(length)
     expected = greedy(net, prompt, 30)
-    assert torch.equal(net.generate(prompt, 30, temperature=0), expected)
+    assert torch.equal(net.generate(prompt, 30, temperature=0.0), expected)
     assert torch.equal(net.generate(prompt, 30, top_k=1, seed=seed), expected)
     assert torch.equal(net.generate(prompt, 30, top_p=1e-9, seed=seed), expected)
 
@@ -434,13 +436,13 @@ def test_temperature_divides_the_logits():
     for temperature in (0.5, 2.0):
         power = torch.tensor([0.15, 0.5, 0.05, 0.3]) ** (1 / temperature)
         assert (drawn(20000, temperature=temperature) - power / power.sum()).abs().max() < 0.015
-    assert drawn(10, temperature=0)[1] == 1
+    assert drawn(10, temperature=0.0)[1] == 1
 
 
 def test_rows_of_a_batch_do_not_meet():
     net, prompt = model(), words(4)
-    both = net.generate(prompt, 12, temperature=0)
-    assert all(torch.equal(both[[k]], net.generate(prompt[[k]], 12, temperature=0)) for k in range(2))
+    both = net.generate(prompt, 12, temperature=0.0)
+    assert all(torch.equal(both[[k]], net.generate(prompt[[k]], 12, temperature=0.0)) for k in range(2))
 
 
 def test_streaming_is_generating():
@@ -486,6 +488,21 @@ def test_settings_out_of_range_are_refused(wrong):
 
 
 # Settings -------------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+@torch.no_grad()
+def test_settings_survive_as_yaml(fields):
+    """`parts.plain`, written to a file and parsed, gives the same model: the same plain data, the same logits."""
+    net, tokens = model(**fields), words(T)
+    plain = parts.plain(net.settings)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Model, nested_key=None, as_group=False)
+    read = vars(parser.instantiate(parser.parse_object(yaml.safe_load(yaml.safe_dump(plain)))))
+    twin = Emformer(net.vocab, **read).double().eval()
+    assert parts.plain(twin.settings) == plain
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin(tokens), net(tokens))
 
 
 @pytest.mark.parametrize(

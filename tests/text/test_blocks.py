@@ -147,11 +147,24 @@ def test_no_separator_where_the_tokenizer_has_none(tmp_path: Path) -> None:
     assert blocks.train.tolist() == [1, 1, 0]
 
 
+def test_white_space_that_a_tokenizer_drops_keeps_its_bytes(tmp_path: Path) -> None:
+    import tokenizers as hf
+
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+    save(tokenizer, tmp_path / "tokenizer.json")
+    corpus = write(tmp_path, "  ", "b", "\n\n\n", "a a", "     ")
+    blocks = prepare(corpus, Pretrained(str(tmp_path)), 0.5, cache=tmp_path / "cache")
+    assert blocks.train.tolist() == [1] and blocks.validation.tolist() == [0, 0]
+    assert blocks.meta["bytes"] == {"train": 2 + 1, "validation": 3 + 3 + 5}
+
+
 DAMAGES = {
     "no meta": lambda folder: (folder / "meta.json").unlink(),
     "torn meta": lambda folder: (folder / "meta.json").write_text('{"count": 3'),
     "foreign meta": lambda folder: (folder / "meta.json").write_text("[1, 2]"),
     "short tokens": lambda folder: os.truncate(folder / "tokens.bin", 1000),
+    "long tokens": lambda folder: (folder / "tokens.bin").open("ab").write(b"more"),
     "no tokens": lambda folder: (folder / "tokens.bin").unlink(),
     "torn tokenizer": lambda folder: os.truncate(folder / "tokenizer.json", 100),
     "other tokenizer": lambda folder: save(Bytes().build(iter([])), folder / "tokenizer.json"),

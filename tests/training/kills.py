@@ -29,7 +29,7 @@ from emformer.settings import Data, Model, Settings, Training
 from emformer.text import Bytes, File
 from emformer.training import Muon, NextToken, fit
 
-STEPS = 160
+STEPS = 240
 
 
 def settings(folder: Path, workers: int) -> Settings:
@@ -116,7 +116,7 @@ def main() -> None:
 
     draw, struck = random.Random(workers), []
     for _ in range(kills):
-        status = child(config, folder / "killed", draw.uniform(0.02, 0.2) * length)
+        status = child(config, folder / "killed", draw.uniform(0.08, 0.25) * length)
         steps = [row["step"] for row in read_journal(folder / "killed" / "metrics.jsonl")] if status else [STEPS]
         struck.append(max(steps, default=0))
         if not status:

@@ -1,0 +1,26 @@
+"""Killed at random moments and resumed, a run ends with the same bits and the same records."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ten_kills_change_nothing(tmp_path: Path, workers: int):
+    script = Path(__file__).with_name("kills.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), str(workers), "10"],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(set(found["struck"])) >= 3, f"the kills struck too few different steps to prove anything: {found}"
+    assert found["weights"] and found["optimizer"] and found["records"] and found["steps"], found
+    assert found["count"] > 100
