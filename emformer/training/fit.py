@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from emformer import parts
+from emformer.memory import keep_freed_memory
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.records import Run, read_checkpoint, read_journal
@@ -83,6 +84,7 @@ def fit(
             tokenizer=fingerprint(blocks.tokenizer),
             parameters=sum(p.numel() for p in model.parameters()),
         )
+    keep_freed_memory()
     trainer = make_trainer(settings, folder, blocks, step, callbacks)
     trainer.fit(learner, datamodule=text, ckpt_path=checkpoint, weights_only=True)
     return result(folder)

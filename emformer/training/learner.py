@@ -75,6 +75,8 @@ class Learner(pl.LightningModule):
         clip = math.inf if training.clip is None else training.clip
         norm = clip_grad_norm_(self.model.parameters(), clip, foreach=True)
         loss = self._step_loss
+        if self.trainer.world_size > 1:
+            loss = self.trainer.strategy.reduce(loss, reduce_op="mean")
         self._step_loss = 0.0
         self.loss_value, self.grad_norm = float(loss), float(norm)
         if not (math.isfinite(self.grad_norm) and math.isfinite(self.loss_value)):

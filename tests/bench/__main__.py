@@ -23,6 +23,7 @@ from emformer.ffn import GELU, ReLU2
 from emformer.inspection import costs
 from emformer.kernels import Softmax
 from emformer.masks import Causal
+from emformer.memory import keep_freed_memory
 from emformer.norms import LayerNorm, RMSNorm
 from emformer.operators import Dense, LowRank
 from emformer.positions import RoPE
@@ -218,6 +219,7 @@ def main() -> None:
     if unknown:
         sys.exit(f"no bench named {', '.join(sorted(unknown))}; there are {', '.join(BENCHES)}")
     torch.manual_seed(0)
+    keep_freed_memory()  # for both sides
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, float32; medians of {options.rounds} interleaved rounds [quartiles]\n")
     results = {}

@@ -167,12 +167,14 @@ def test_its_state_carries_everything(setting):
 
 @torch.no_grad()
 def test_softmax_by_hand():
-    """beta multiplies the score, and the weights are its softmax over what is visible."""
-    u, v = normal(1, H, S, 4), normal(1, 2, S, 4)
-    a = Softmax(beta=2.5).build(H).weights(u, v, pattern(Causal(), S)[0])
+    """beta multiplies the score, and the weights are its softmax over what is visible: in both ways to compute it."""
+    u, v, c, seen = normal(1, H, S, 4), normal(1, 2, S, 4), normal(1, H, S, 3), pattern(Causal(), S)[0]
+    kernel = Softmax(beta=2.5).build(H)
+    a, z = kernel.weights(u, v, seen), kernel(u, v, c, seen)
     for h, i in itertools.product(range(H), range(S)):
         power = (2.5 * v[0, h // 2, : i + 1] @ u[0, h, i]).exp()
         assert (a[0, h, i, : i + 1] - power / power.sum()).abs().max() < 1e-12
+        assert (z[0, h, i] - power / power.sum() @ c[0, h, : i + 1]).abs().max() < 1e-12
 
 
 class Calls(TorchDispatchMode):
