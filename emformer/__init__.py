@@ -15,6 +15,7 @@ _HOME = {
     "Settings": "settings",
     "fit": "training",
     "load": "records",
+    "read_settings": "records",
     "Run": "records",
     "UserError": "parts",
 }

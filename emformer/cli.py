@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from emformer.configuration import parse, settings_parser
+from emformer.configuration import load_parts, parse, settings_parser
 from emformer.parts import UserError
 
 if TYPE_CHECKING:
@@ -58,23 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(141)
 
 
-def _load_parts() -> None:
-    """Import every part of the package, so that YAML may name them by class alone."""
-    import emformer.block
-    import emformer.ffn
-    import emformer.kernels
-    import emformer.masks
-    import emformer.norms
-    import emformer.operators
-    import emformer.positions
-    import emformer.text
-    import emformer.training  # noqa: F401
-
-
 def _settings(parser: Any, arguments: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
     """Settings and the command's own options. Help and `--print_config` end here."""
     if not {"-h", "--help"} & set(arguments):
-        _load_parts()
+        load_parts()
     found = dict(vars(parse(parser, arguments)))
     from emformer.settings import Settings
 
@@ -129,7 +116,6 @@ def _validate(arguments: Sequence[str]) -> None:
     parser.add_argument("--text", help="a text file or glob to measure instead; all of it is read")
     parser.add_argument("--batch", type=_positive, default=32, help="windows at once (default: 32)")
     options = _options(parser, arguments)
-    _load_parts()
     from emformer.evaluation import evaluate
     from emformer.records import load
 
@@ -148,7 +134,6 @@ def _generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--top-p", type=float, default=0.95, help="sample among the tokens that hold this mass (default: 0.95)")
     parser.add_argument("--seed", type=int, default=None, help="for a repeatable text")
     options = _options(parser, arguments)
-    _load_parts()
     import torch
 
     from emformer.records import load
@@ -176,7 +161,6 @@ def _info(arguments: Sequence[str]) -> None:
         parser.add_argument("run", help="a run folder or a checkpoint file")
         parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
         options = _options(parser, arguments)
-        _load_parts()
         from emformer.records import load
 
         loaded = load(options.run, options.which)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib
+import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,8 @@ from emformer import parts
 from emformer.parts import UserError
 from emformer.settings import Settings
 
+_HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "block", "text", "training")
+
 
 def settings_parser(prog: str, description: str) -> ArgumentParser:
     """A parser of `-c FILE` (several; later ones win) and dotted overrides such as `--model.depth 6`."""
@@ -22,6 +26,17 @@ def settings_parser(prog: str, description: str) -> ArgumentParser:
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of settings; may be given several times")
     parser.add_class_arguments(Settings, nested_key=None, as_group=False)
     return parser
+
+
+def load_parts() -> None:
+    """Import every module of emformer that holds parts, so that they can be named by class alone.
+
+    They are found, not listed: a variant in a new file of `operators/` needs no second edit.
+    """
+    for home in _HOMES:
+        module = importlib.import_module(f"emformer.{home}")
+        for found in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{module.__name__}."):
+            importlib.import_module(found.name)
 
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
@@ -36,14 +51,15 @@ def revive(plain: dict[str, Any]) -> Settings:
     """`Settings` from the plain data of a run's config.yaml or of a checkpoint. Inverse of `parts.plain`.
 
     The data is not trusted: a class path names a part of emformer, or of a module that the caller has imported already.
-    Nothing is imported on the data's behalf.
+    No other module is imported on the data's behalf.
 
     Raises:
         UserError: for unknown classes, keys or types.
     """
+    load_parts()
     for path in _class_paths(plain):
         module = path.rpartition(".")[0]
-        if module not in sys.modules:
+        if module and module not in sys.modules:
             raise UserError(
                 f"the settings name the part '{path}', which is not loaded; import its module '{module}' first if you trust it."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from emformer import parts
 from emformer.attention import Attention, Memory
 from emformer.block import Block, Step
 from emformer.parts import UserError
@@ -43,7 +44,8 @@ class Emformer(nn.Module):
         learned = settings.embedding.positions
         self.positions = None if learned is None else nn.Parameter(learned.std * torch.randn(settings.context, settings.dim))
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
-        self.blocks = nn.ModuleList(_block(settings.layer(k)) for k in range(1 if settings.shared else settings.depth))
+        maps: dict[Any, nn.Module] = {}
+        self.blocks = nn.ModuleList(_block(settings.layer(k), maps) for k in range(1 if settings.shared else settings.depth))
         closing = settings.layer(settings.depth - 1)
         self.norm = closing.norm.build(settings.dim) if closing.norm and closing.placement.closes else nn.Identity()
         self.unembedding = nn.Linear(settings.dim, vocab, bias=False)
@@ -183,26 +185,39 @@ def choose(
     """One token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    index = None
+    logits = logits.float()
     if top_k is not None and top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p is not None and top_p < 1:
-        ordered, index = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # mass of the more probable tokens
-        logits = logits.masked_fill((before >= top_p).gather(-1, index.argsort(-1)), float("-inf"))
-    return torch.multinomial(functional.softmax(logits, -1), 1, generator=generator)[:, 0]
+        logits, index = logits.topk(top_k)
+    elif top_p is not None and top_p < 1:
+        logits, index = logits.sort(-1, descending=True)
+    probability = functional.softmax(logits / temperature, -1)
+    if index is None:
+        return torch.multinomial(probability, 1, generator=generator)[:, 0]
+    if top_p is not None and top_p < 1:  # columns are in descending order: keep those before which less than top_p lies
+        before = probability.cumsum(-1) - probability
+        probability = probability.masked_fill(before >= top_p, 0.0)
+    return index.gather(-1, torch.multinomial(probability, 1, generator=generator))[:, 0]
 
 
-def _block(layer: Model) -> Block:
+def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:
     form = layer.form.build("form", layer.dim, layer.heads)
     attention = Attention(
         form,
         layer.content.build("content", layer.dim, layer.heads, form),
         layer.kernel.build(layer.heads),
-        [position.build(form.rank) for position in layer.positions],
+        [_position(position, form.rank, maps) for position in layer.positions],
         layer.mask,
         layer.functional,
         layer.drift,
     )
     ffn = None if layer.ffn is None else layer.ffn.build(layer.dim)
     return Block(attention, ffn, layer.norm, layer.placement, layer.epsilon, layer.dropout)
+
+
+def _position(position: parts.Position, rank: int, maps: dict[Any, nn.Module]) -> nn.Module:
+    """The map of this setting; layers share the object unless it learns something, and with it the tables it makes."""
+    built = maps.get((position, rank)) or position.build(rank)
+    if not any(True for _ in built.parameters()):
+        maps[position, rank] = built
+    return built

@@ -76,10 +76,19 @@ class Rotation(PositionMap):
     def __init__(self, width: int, base: float, offset: int):
         super().__init__()
         self.width, self.base, self.offset = width, base, offset
+        self._last: tuple[torch.Tensor, torch.dtype, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
-        queries = self.tables(i, u)
+        queries = self._remembered(i, u)
         return self.turn(u, *queries), self.turn(v, *(queries if i is j else self.tables(j, v)))
+
+    def _remembered(self, index: Index, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tables of the same index tensor are made once: the layers of one forward pass share it, and this map."""
+        if torch.compiler.is_compiling():
+            return self.tables(index, like)
+        if self._last is None or self._last[0] is not index or self._last[1] != like.dtype:
+            self._last = index, like.dtype, self.tables(index, like)
+        return self._last[2]
 
     def tables(self, index: Index, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the angles at positions `index`: (T, n/2) each, in the dtype of `like`."""

@@ -141,7 +141,11 @@ class Run:
 
     def settings(self) -> Settings:
         """The settings in config.yaml."""
-        return revive(_yaml(self.config))
+        return read_settings(self.config)
+
+    def curve(self, key: str) -> dict[int, float]:
+        """{step: value} of one key of the metrics, as "val_loss", where it was measured."""
+        return {row["step"]: row[key] for row in read_journal(self.metrics) if row.get(key) is not None}
 
     def write_settings(self, settings: Settings) -> None:
         write_atomically(self.config, yaml.safe_dump(parts.plain(settings), sort_keys=False, allow_unicode=True))
@@ -183,14 +187,16 @@ def _revision() -> str | None:
         return None
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def read_settings(path: str | Path) -> Settings:
+    """The settings in a YAML file, complete. Parts are named by their class path, or by class where they are loaded."""
+    path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings; is it the config.yaml of a run?")
-    return content
+    return revive(content)
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,22 @@ class SoftmaxKernel(Kernel):
         self.beta = beta
 
     def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
-        heads, rank, width = u.shape[1], u.shape[-1], c.shape[-1]
+        heads, width = u.shape[1], c.shape[-1]
         if v.shape[1] == c.shape[1] == 1 < heads and visible.table is None and not visible.triangle:
             # heads that share all keys and see all of them are just more queries: nothing is expanded or read H times
-            return self.forward(u.flatten(1, 2).unsqueeze(1), v, c, visible).unflatten(2, (heads, -1)).squeeze(1)
+            return self._fused(u.flatten(1, 2).unsqueeze(1), v, c, visible).view(*u.shape[:-1], width)
+        return self._fused(u, _expand(v, heads), _expand(c, heads), visible)
+
+    def _fused(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
         # The flash kernels take one head count and one width for all three, and fall back silently to the quadratic
         # path otherwise. Expanding a group is free (stride 0), zero columns change neither scores nor mixtures.
-        u, v = _widen(u, width), _widen(_expand(v, heads), width)
+        rank, width = u.shape[-1], c.shape[-1]
+        if rank < width:
+            u, v = _widen(u, width), _widen(v, width)
+        elif width < rank:
+            c = _widen(c, rank)
         z = functional.scaled_dot_product_attention(
-            u,
-            v,
-            _widen(_expand(c, heads), rank),
-            attn_mask=visible.table,
-            is_causal=visible.triangle,
-            scale=self.beta,
+            u, v, c, attn_mask=visible.table, is_causal=visible.triangle, scale=self.beta
         )
         return z if z.shape[-1] == width else z[..., :width]
 
@@ -69,5 +71,4 @@ def _expand(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _widen(x: torch.Tensor, width: int) -> torch.Tensor:
     """Zero columns up to `width`."""
-    missing = width - x.shape[-1]
-    return functional.pad(x, (0, missing)) if missing > 0 else x
+    return functional.pad(x, (0, width - x.shape[-1]))

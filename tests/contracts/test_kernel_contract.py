@@ -41,7 +41,7 @@ def per_head(x: Tensor) -> Tensor:
 
 def pattern(mask: parts.Mask, queries: int):
     j = span(S)
-    return visible(mask, j[S - queries :], j), mask.visible(j[S - queries :, None], j[None, :])
+    return visible(mask, j[S - queries :], S), mask.visible(j[S - queries :, None], j[None, :])
 
 
 def build(setting: parts.Kernel, mask: parts.Mask, queries: int = S, dtype=torch.float64) -> Kernel:

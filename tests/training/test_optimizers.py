@@ -36,19 +36,23 @@ def backward(net: nn.Module, seed: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
 
 
-# Gaussian 32 x 128 has singular values between about sqrt(128) -+ sqrt(32), a condition near 3. Measured over the seeds:
-# 5 iterations stay within 0.04 of one; 3 (what Muon does by default) bring them into a band of about 0.7 to 1.2.
-@pytest.mark.parametrize(("iterations", "low", "high"), [(5, 0.9, 1.1), (4, 0.8, 1.25), (3, 0.6, 1.35)])
+# A Gaussian 32 x 128 has a condition near 3. The polynomials are the best ones for five steps from any start above 1e-3, and
+# end at 1 +- 0.124 from there; fewer steps stop on the way. Measured over the seeds: 5 iterations 0.876 to 1.124,
+# 4 iterations 0.44 to 1.56, and 3, which is what Muon takes by default, 0.19 to 1.87.
+@pytest.mark.parametrize(("iterations", "low", "high"), [(5, 0.87, 1.13), (4, 0.43, 1.57), (3, 0.18, 1.88)])
 def test_singular_values_are_brought_near_one(seed: int, iterations: int, low: float, high: float):
     found = singular(orthogonalise(torch.randn(16, 32, 128), iterations))
     assert low < found.min() and found.max() < high, (found.min(), found.max())
 
 
-def test_more_iterations_come_closer_to_the_polar_factor(seed: int):
-    matrices = torch.randn(8, 16, 64, dtype=torch.float64)
-    u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    errors = [float((orthogonalise(matrices, k) - u @ v).norm()) for k in range(1, 6)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.1 * errors[0]
+def test_five_iterations_serve_conditions_up_to_four_hundred(seed: int):
+    u, v = (torch.linalg.qr(torch.randn(n, 24, dtype=torch.float64)).Q for n in (24, 64))
+    values = torch.logspace(-2.6, 0, 24, dtype=torch.float64)
+    found = orthogonalise(((u * values / values.norm()) @ v.mT)[None], 5)[0]
+    assert (singular(found) - 1).abs().max() < 0.13
+    # the polar factor is U V^T: the singular vectors stay
+    inner = u.mT @ found @ v
+    assert (inner - inner.diagonal().diag()).abs().max() < 1e-10
 
 
 def test_a_batch_is_one_by_one(seed: int):
@@ -141,7 +145,7 @@ def test_the_adam_half_is_torchs_adam(seed: int):
             b.grad = a.grad.clone()
         optimizer.step()
         reference.step()
-    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+    assert max(float((a - b).detach().abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-6
 
 
 def named(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
