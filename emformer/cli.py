@@ -56,6 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone
         sys.stderr.close()
         sys.exit(141)
+    except OSError as error:  # the machine's side of things: no permission, no space, no such device
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"emformer: {error.strerror or error}{where}; nothing saved before is damaged.", file=sys.stderr)
+        sys.exit(2)
 
 
 def _settings(parser: Any, arguments: Sequence[str]) -> tuple[Settings, dict[str, Any]]:
@@ -142,7 +146,12 @@ def _generate(arguments: Sequence[str]) -> None:
     prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=False).ids
     if not prompt:
         raise UserError("the prompt is empty; give --prompt at least one character.")
-    sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p, "seed": options.seed}
+    sampling = {
+        "temperature": options.temperature,
+        "top_k": options.top_k,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens, shown = list(prompt), len(loaded.tokenizer.decode(prompt))
     print(options.prompt, end="", flush=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Emformer(nn.Module):
 
     def layer(self, index: int) -> Block:
         """The block that acts as layer `index` (0 … depth-1; one object for all where blocks are shared)."""
-        return self.blocks[0 if self.settings.shared else index]  # type: ignore[return-value]
+        return cast(Block, self.blocks[0 if self.settings.shared else index])
 
     def embed(self, tokens: Tokens, i: Index) -> Cloud:
         """X^0: token vectors, with the learned positions of `i` where the model has them."""
@@ -174,14 +174,16 @@ class Emformer(nn.Module):
 
 
 # IPython and editors complete the fields of the settings
-Emformer.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [inspect.Parameter("vocab", inspect.Parameter.POSITIONAL_OR_KEYWORD), *inspect.signature(Model).parameters.values()]
+setattr(  # noqa: B010
+    Emformer,
+    "__signature__",
+    inspect.Signature(
+        [inspect.Parameter("vocab", inspect.Parameter.POSITIONAL_OR_KEYWORD), *inspect.signature(Model).parameters.values()]
+    ),
 )
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> Tensor:
+def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> Tensor:
     """One token (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -201,11 +203,13 @@ def choose(
 
 
 def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:
-    form = layer.form.build("form", layer.dim, layer.heads)
+    form: Any = layer.form.build("form", layer.dim, layer.heads)
+    content: Any = layer.content.build("content", layer.dim, layer.heads, form)
+    kernel: Any = layer.kernel.build(layer.heads)
     attention = Attention(
         form,
-        layer.content.build("content", layer.dim, layer.heads, form),
-        layer.kernel.build(layer.heads),
+        content,
+        kernel,
         [_position(position, form.rank, maps) for position in layer.positions],
         layer.mask,
         layer.functional,
@@ -215,7 +219,7 @@ def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:
     return Block(attention, ffn, layer.norm, layer.placement, layer.epsilon, layer.dropout)
 
 
-def _position(position: parts.Position, rank: int, maps: dict[Any, nn.Module]) -> nn.Module:
+def _position(position: parts.Position, rank: int, maps: dict[Any, nn.Module]) -> Any:
     """The map of this setting; layers share the object unless it learns something, and with it the tables it makes."""
     built = maps.get((position, rank)) or position.build(rank)
     if not any(True for _ in built.parameters()):

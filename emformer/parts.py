@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part(ABC):
+class Part(ABC):  # noqa: B024  (what is abstract differs by kind)
     """An immutable setting. Subclasses are final: they implement the abstract methods and override nothing else."""
 
     @classmethod
@@ -162,9 +162,7 @@ class Objective(Part):
         """Raise `UserError` if a model with these masks, one a layer, could cheat at this objective."""
 
     @abstractmethod
-    def cut(
-        self, windows: numpy.ndarray, rng: numpy.random.Generator, vocab: int
-    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def cut(self, windows: numpy.ndarray, rng: numpy.random.Generator, vocab: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Windows (B, T+1) of ids below `vocab` -> inputs and targets, each (B, T); target -100 carries no loss."""
 
 

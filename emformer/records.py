@@ -1,10 +1,10 @@
 """The run directory: what is written while a model trains, and how it is read back.
 
-    config.yaml        the resolved settings
-    environment.json   versions, device, seed, hashes of corpus and tokenizer, git revision
-    tokenizer.json
-    metrics.jsonl      append-only: one row a step that is logged; the truth, every other logger mirrors it
-    checkpoints/       last.ckpt (everything, to resume), best.ckpt and step-*.ckpt (weights and settings)
+config.yaml        the resolved settings
+environment.json   versions, device, seed, hashes of corpus and tokenizer, git revision
+tokenizer.json
+metrics.jsonl      append-only: one row a step that is logged; the truth, every other logger mirrors it
+checkpoints/       last.ckpt (everything, to resume), best.ckpt and step-*.ckpt (weights and settings)
 """
 
 from __future__ import annotations
@@ -233,6 +233,11 @@ def load(source: str | Path, which: str | int = "last") -> Loaded:
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path}: its tokenizer cannot be read; the file is damaged.") from error
     tokenizer.encode_special_tokens = True  # not kept in tokenizer.json
+    if tokenizer.get_vocab_size() + settings.training.objective.extra_tokens != own["vocab"]:
+        raise UserError(
+            f"{path}: the model has {own['vocab']} tokens and its tokenizer {tokenizer.get_vocab_size()}; "
+            "they do not belong together."
+        )
     weights = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
     with torch.random.fork_rng(devices=[]):  # the initial draw is overwritten, so it shall not move the caller's generator
         model = Emformer(own["vocab"], **vars(settings.model))

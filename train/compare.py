@@ -45,7 +45,10 @@ def main() -> None:
             curves.append(emf.Run(done.path).curve("val_loss"))
         final = [curve[max(curve)] for curve in curves]
         spread = statistics.stdev(final) if len(final) > 1 else float("nan")
-        print(f"{name:<9} {steps} steps: {statistics.mean(final):.4f} nats, sd {spread:.4f} over {len(final)} seeds", *final)
+        print(
+            f"{name:<9} {steps} steps: {statistics.mean(final):.4f} nats, sd {spread:.4f} over {len(final)} seeds",
+            *final,
+        )
         at = sorted(curves[0])
         mean = [statistics.mean(curve[step] for curve in curves) for step in at]
         axes.plot(at, mean, marker="o", markersize=3, label=f"{name} M and F")

@@ -30,5 +30,4 @@ settings = Settings(
 
 if __name__ == "__main__":  # workers and DDP start this file again
     done = emf.fit(settings, sys.argv[1] if len(sys.argv) > 1 else None, resume=len(sys.argv) > 1)
-    print(f"{done.path}: {done.last['val_bits_per_byte']:.3f} bits per byte, entropy rate of the language",
-          f"{settings.data.corpus.entropy_rate().bits_per_byte:.3f}")  # fmt: skip
+    print(f"{done.path}: {done.last['val_bits_per_byte']:.3f} bits per byte")

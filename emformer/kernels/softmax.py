@@ -50,9 +50,7 @@ class SoftmaxKernel(Kernel):
             u, v = _widen(u, width), _widen(v, width)
         elif width < rank:
             c = _widen(c, rank)
-        z = functional.scaled_dot_product_attention(
-            u, v, c, attn_mask=visible.table, is_causal=visible.triangle, scale=self.beta
-        )
+        z = functional.scaled_dot_product_attention(u, v, c, attn_mask=visible.table, is_causal=visible.triangle, scale=self.beta)
         return z if z.shape[-1] == width else z[..., :width]
 
     def weights(self, u: Queries, v: Keys, visible: Visible) -> Weights:

@@ -62,9 +62,7 @@ class LowRank(parts.Operator):
 class LowRankOperator(Operator):
     """`left` (H, r, d) holds the rows of L_h^T, `right` (G, r, d) those of R_g^T; `scale` is c."""
 
-    def __init__(
-        self, dim: int, heads: int, groups: int, rank: int, scale: float, left_std: float, right_std: float
-    ) -> None:
+    def __init__(self, dim: int, heads: int, groups: int, rank: int, scale: float, left_std: float, right_std: float) -> None:
         super().__init__(dim, heads, groups, rank)
         self.scale = scale
         self.left_factor = nn.Parameter(left_std * torch.randn(heads, rank, dim))

@@ -61,21 +61,25 @@ class Metrics(pl.Callback):
         self.every, self.tokens_per_step = every, tokens_per_step
         self._since = (0, 0.0)
 
-    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:
         self._since = (trainer.global_step, time.perf_counter())
 
-    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
         if not _stepped(learner, batch) or (step % self.every and step != 1):
             return
-        row = {"train_loss": learner.loss_value, "grad_norm": learner.grad_norm, "lr": trainer.optimizers[0].param_groups[0]["lr"]}
+        row = {
+            "train_loss": learner.loss_value,
+            "grad_norm": learner.grad_norm,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+        }
         first, then = self._since
         now = time.perf_counter()
         row["tokens_per_second"] = round((step - first) * self.tokens_per_step / (now - then), 1)
         self._since = (step, now)
         _log(trainer, row)
 
-    def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:
         _log(trainer, {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")})
         self._since = (trainer.global_step, time.perf_counter())  # speed is that of training
 
@@ -108,10 +112,10 @@ class Checkpoints(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.best = state["best"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
 
-    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:
         def note(number: int, frame: Any) -> None:
             self._signal = number
 
@@ -120,7 +124,7 @@ class Checkpoints(pl.Callback):
         if trainer.global_step == 0:
             self._save(trainer, self.run.step(0), weights_only=True)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not _stepped(learner, batch):
             return
         if trainer.global_step == self.training.max_steps:
@@ -128,7 +132,7 @@ class Checkpoints(pl.Callback):
         elif trainer.global_step % self.training.validate_every:
             self._keep(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:
         loss = float(trainer.callback_metrics["val_loss"])
         if loss < self.best:
             self.best = loss
@@ -158,10 +162,10 @@ class Checkpoints(pl.Callback):
     def _save(self, trainer: pl.Trainer, path: Path, weights_only: bool = False) -> None:
         trainer.save_checkpoint(path, weights_only=weights_only)
 
-    def teardown(self, trainer: pl.Trainer, learner: Learner, stage: str) -> None:  # type: ignore[override]
+    def teardown(self, trainer: pl.Trainer, learner: Learner, stage: str) -> None:
         self._restore()
 
-    def on_exception(self, trainer: pl.Trainer, learner: Learner, exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: pl.Trainer, learner: Learner, exception: BaseException) -> None:
         self._restore()
 
     def _restore(self) -> None:
@@ -177,7 +181,7 @@ class Progress(pl.Callback):
         self.tokenizer, self.prompt, self.training = tokenizer, prompt, training
         self.bar: tqdm | None = None
 
-    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:
         self.bar = tqdm(
             total=self.training.max_steps,
             initial=trainer.global_step,
@@ -187,12 +191,12 @@ class Progress(pl.Callback):
             disable=not (trainer.is_global_zero and sys.stderr.isatty()),
         )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.bar is not None and not self.bar.disable and _stepped(learner, batch):
             self.bar.set_postfix_str(f"loss {learner.loss_value:.3f}", refresh=False)
             self.bar.update()
 
-    def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:
         if not trainer.is_global_zero:
             return
         found = trainer.callback_metrics
@@ -211,10 +215,10 @@ class Progress(pl.Callback):
         new = self.tokenizer.decode(text[0, len(self.prompt) :].tolist())
         return "… " + " ".join(new.split())
 
-    def on_exception(self, trainer: pl.Trainer, learner: Learner, exception: BaseException) -> None:  # type: ignore[override]
+    def on_exception(self, trainer: pl.Trainer, learner: Learner, exception: BaseException) -> None:
         self._close()
 
-    def on_train_end(self, trainer: pl.Trainer, learner: Learner) -> None:  # type: ignore[override]
+    def on_train_end(self, trainer: pl.Trainer, learner: Learner) -> None:
         self._close()
 
     def _close(self) -> None:

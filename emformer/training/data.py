@@ -78,9 +78,7 @@ class ValidationBatches(Dataset):
 def read_text(data: Data, progress=None) -> Blocks:
     """The tokenised text of these settings, from the cache or put there."""
     corpus = data.corpus if data.path is None else File(data.path)
-    return prepare(
-        corpus, data.tokenizer, data.validation, cache=data.cache, max_tokens=data.max_tokens, progress=progress
-    )
+    return prepare(corpus, data.tokenizer, data.validation, cache=data.cache, max_tokens=data.max_tokens, progress=progress)
 
 
 class Text(pl.LightningDataModule):

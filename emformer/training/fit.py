@@ -15,6 +15,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tqdm import tqdm
 
 from emformer import parts
@@ -86,7 +87,13 @@ def fit(
         )
     keep_freed_memory()
     trainer = make_trainer(settings, folder, blocks, step, callbacks)
-    trainer.fit(learner, datamodule=text, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(learner, datamodule=text, ckpt_path=checkpoint, weights_only=True)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "the device has too little memory for a micro-batch: raise training.accumulate, or lower training.batch or "
+            "model.context."
+        ) from error
     return result(folder)
 
 
@@ -105,49 +112,56 @@ def assemble(settings: Settings, blocks: Blocks) -> tuple[Emformer, Learner, Tex
 def make_trainer(
     settings: Settings, folder: Run, blocks: Blocks, step: int = 0, callbacks: Sequence[pl.Callback] = ()
 ) -> pl.Trainer:
-    """The Lightning trainer of a run that has reached `step`."""
+    """The Lightning trainer of a run that has reached `step`. Raises `UserError` for a device that is not there."""
     training = settings.training
+    _silence()
+    prompt = blocks.validation[: max(1, min(32, settings.model.context // 4))].astype(int).tolist()
+    journal = JournalLogger(folder.metrics, step)
+    mirrors = [logger.build(str(folder.path)) for logger in settings.loggers]
+    try:
+        return pl.Trainer(
+            accelerator=training.accelerator,
+            devices=training.devices,
+            num_nodes=training.nodes,
+            strategy=training.strategy,
+            precision=_precision(training),
+            max_steps=training.max_steps,
+            max_epochs=-1,
+            min_epochs=0,
+            accumulate_grad_batches=training.accumulate,
+            val_check_interval=training.validate_every * training.accumulate,
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+            logger=[journal, *mirrors],
+            callbacks=[
+                *callbacks,
+                Metrics(max(1, min(50, training.max_steps // 100)), training.batch * settings.model.context),
+                Progress(blocks.tokenizer, prompt, training),
+                Checkpoints(folder, training),
+            ],
+            plugins=[AtomicFiles()],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder.path,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"this machine cannot train as asked: {' '.join(str(error).split())}") from error
+
+
+def _silence() -> None:
+    """Lightning's advice that does not apply here."""
     for name in ("pytorch_lightning", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for pattern in (
         ".*LeafSpec.*",
         ".*does not have many workers.*",
-        ".*dataloader is not resumable.*",
-        ".*isinstance.treespec.*",
+        ".*dataloader is not resumable.*",  # it starts at the step reached
         ".*GPU available but not used.*",
-        ".*sync_dist.*",
         ".*srun.*",
     ):
         warnings.filterwarnings("ignore", pattern)
-    prompt = blocks.validation[: max(1, min(32, settings.model.context // 4))].astype(int).tolist()
-    journal = JournalLogger(folder.metrics, step)
-    return pl.Trainer(
-        accelerator=training.accelerator,
-        devices=training.devices,
-        num_nodes=training.nodes,
-        strategy=training.strategy,
-        precision=_precision(training),
-        max_steps=training.max_steps,
-        max_epochs=-1,
-        min_epochs=0,
-        accumulate_grad_batches=training.accumulate,
-        val_check_interval=training.validate_every * training.accumulate,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=[journal, *(logger.build(str(folder.path)) for logger in settings.loggers)],
-        callbacks=[
-            *callbacks,
-            Metrics(max(1, min(50, training.max_steps // 100)), training.batch * settings.model.context),
-            Progress(blocks.tokenizer, prompt, training),
-            Checkpoints(folder, training),
-        ],
-        plugins=[AtomicFiles()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=folder.path,
-    )
 
 
 def result(folder: Run) -> Result:
@@ -208,9 +222,7 @@ def _claim(folder: Run, settings: Settings, resume: bool, overwrite: bool) -> No
 def _same(folder: Run, settings: Settings) -> None:
     """Raise unless the settings are those of the run, but for what may change."""
     old, new = _flat(parts.plain(folder.settings())), _flat(parts.plain(settings))
-    changed = [
-        key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)
-    ]
+    changed = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key) and not key.startswith(MAY_CHANGE)]
     if changed:
         key = changed[0]
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
@@ -246,5 +258,3 @@ def _resumed(folder: Run, blocks: Blocks) -> tuple[Path | None, int]:
     if "optimizer_states" not in content:
         raise UserError(f"{folder.last} holds weights only and cannot be resumed from.")
     return folder.last, content["global_step"]
-
-

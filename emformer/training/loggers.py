@@ -49,7 +49,9 @@ class TensorBoard(parts.Logger):
         try:
             return TensorBoardLogger(save_dir=folder, name="tensorboard", version="")
         except ModuleNotFoundError as error:
-            raise UserError("the TensorBoard logger needs the package tensorboard: pip install 'emformer[tensorboard]'.") from error
+            raise UserError(
+                "the TensorBoard logger needs the package tensorboard: pip install 'emformer[tensorboard]'."
+            ) from error
 
 
 @dataclass(frozen=True)

@@ -93,9 +93,9 @@ class Muon(parts.Optimizer):
 def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
     """Each trainable parameter once, with its rate multiplier and whether it is a matrix inside a block."""
     rates = {id(p): module.rate for module in model.modules() if isinstance(module, Operator) for p in module.parameters()}
-    matrices = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)
-    } | {id(p) for module in model.modules() if isinstance(module, Operator) for p in module.parameters() if p.ndim >= 2}
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} | {
+        id(p) for module in model.modules() if isinstance(module, Operator) for p in module.parameters() if p.ndim >= 2
+    }
     for module in model.modules():  # embeddings are rows of vectors, not maps, also when they unembed
         if isinstance(module, nn.Embedding):
             matrices.discard(id(module.weight))
@@ -131,8 +131,8 @@ class MuonWithAdam(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         gradients = [p.grad for p in parameters]
         buffers = [self.state[p]["momentum"] for p in parameters]
-        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])  # ty: ignore[no-matching-overload]
+        ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # ty: ignore[no-matching-overload]
         if group["weight_decay"]:
             torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         shapes: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -158,9 +158,9 @@ class MuonWithAdam(torch.optim.Optimizer):
         for s in states:
             s["step"] += 1
         count = float(states[0]["step"])
-        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_lerp_(means, gradients, 1 - beta1)  # ty: ignore[no-matching-overload]
         torch._foreach_mul_(squares, beta2)
-        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)  # ty: ignore[no-matching-overload]
         scale = torch._foreach_sqrt(squares)
         torch._foreach_div_(scale, (1 - beta2**count) ** 0.5)
         torch._foreach_add_(scale, 1e-10)

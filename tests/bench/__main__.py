@@ -230,7 +230,15 @@ def main() -> None:
             f"({found['first_ms']:.2f} ms / {found['second_ms']:.2f} ms)   {(BENCHES[key].__doc__ or '').strip()}",
             flush=True,
         )
-        for extra in found.keys() - {"ratio", "quartile_low", "quartile_high", "first_ms", "second_ms", "rounds", "goal"}:
+        for extra in found.keys() - {
+            "ratio",
+            "quartile_low",
+            "quartile_high",
+            "first_ms",
+            "second_ms",
+            "rounds",
+            "goal",
+        }:
             print(f"{'':<12}{extra} {found[extra]:,.4g}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=2) + "\n")

@@ -198,8 +198,7 @@ def test_softmax_really_takes_the_flash_kernel(mask, queries, shape, training):
     kernel = Softmax().build(H)
     keys, contents, rank, width = shape
     u, v, c = (
-        torch.randn(2, *size, requires_grad=training)
-        for size in ((H, queries, rank), (keys, S, rank), (contents, S, width))
+        torch.randn(2, *size, requires_grad=training) for size in ((H, queries, rank), (keys, S, rank), (contents, S, width))
     )
     seen, _ = pattern(mask, queries)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):

@@ -55,9 +55,7 @@ COMPOSED = [
     pytest.param({"layers": {1: {"form": Dense(), "norm": LayerNorm(bias=True), "epsilon": 0.5}}}, id="mixed layers"),
 ]
 SINGLE = [
-    pytest.param(change(example.values[0]), id=str(example.id))
-    for kind, change in CHANGES.items()
-    for example in examples(kind)
+    pytest.param(change(example.values[0]), id=str(example.id)) for kind, change in CHANGES.items() for example in examples(kind)
 ]
 EVERY = pytest.mark.parametrize("fields", SINGLE + COMPOSED)
 
@@ -164,9 +162,7 @@ def test_every_parameter_learns(fields):
 @torch.no_grad()
 def test_a_state_rebuilds_the_model(fields):
     net, tokens = model(**fields), words(T)
-    twin = (
-        Emformer(net.vocab, **{f: getattr(net.settings, f) for f in net.settings.__dataclass_fields__}).double().eval()
-    )
+    twin = Emformer(net.vocab, **{f: getattr(net.settings, f) for f in net.settings.__dataclass_fields__}).double().eval()
     assert not torch.equal(twin(tokens), net(tokens))
     twin.load_state_dict(net.state_dict())
     assert torch.equal(twin(tokens), net(tokens))
@@ -425,9 +421,7 @@ def test_top_p_keeps_the_smallest_set(top_p, kept):
     assert (frequency - chosen / chosen.sum()).abs().max() < 0.03
 
 
-@pytest.mark.parametrize(
-    ("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})]
-)
+@pytest.mark.parametrize(("top_k", "kept"), [(1, {1}), (2, {1, 3}), (3, {0, 1, 3}), (4, {0, 1, 2, 3}), (9, {0, 1, 2, 3})])
 def test_top_k_keeps_the_most_probable(top_k, kept):
     assert set(drawn(4000, top_k=top_k).nonzero().flatten().tolist()) == kept
 

@@ -38,9 +38,7 @@ def left_over(cache: Path) -> list[str]:
 @pytest.mark.parametrize("texts", [[ACCENTS], [ACCENTS, "short", "a" * 10_000, " \n" * 5000]], ids=["one", "four"])
 def test_tokens_and_bytes_are_those_of_the_text(tmp_path: Path, setting, texts: list[str]) -> None:
     blocks = prepare(write(tmp_path, *texts), setting, 0.25, cache=tmp_path / "cache")
-    train, held = (
-        blocks.tokenizer.decode(part, skip_special_tokens=False) for part in (blocks.train, blocks.validation)
-    )
+    train, held = (blocks.tokenizer.decode(part, skip_special_tokens=False) for part in (blocks.train, blocks.validation))
     mark = SEPARATOR if len(texts) > 1 else ""
     assert train + held == "".join(mark + text for text in texts)
     assert blocks.meta["bytes"]["train"] + blocks.meta["bytes"]["validation"] == sum(len(t.encode()) for t in texts)
@@ -84,9 +82,7 @@ def test_chunks_change_no_token() -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.sampled_from(["word", " ", "  ", "\n", "\n\n", "é" * 2000, "x" * 3000, "\t"]), max_size=30).map("".join)
-)
+@given(st.lists(st.sampled_from(["word", " ", "  ", "\n", "\n\n", "é" * 2000, "x" * 3000, "\t"]), max_size=30).map("".join))
 def test_chunks_are_the_document(text: str) -> None:
     chunks = list(module._chunks(text))
     assert "".join(chunks) == text and all(0 < len(chunk) <= module.CHUNK for chunk in chunks)

@@ -7,6 +7,7 @@ Run as a script, so that the parent is a process that has imported everything an
 Prints one JSON line: the steps at which the kills struck, and whether weights, optimiser state and records are equal.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -81,10 +82,8 @@ def child(settings: Settings, run: Path, kill_after: float | None) -> int:
             os._exit(code)
     if kill_after is not None:
         time.sleep(kill_after)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     return os.waitpid(pid, 0)[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -70,7 +71,8 @@ def test_the_metrics_of_a_run(done: Path):
     blocks = read_text(plan.data)
     for row in found:
         if "train_loss" in row:
-            expected = 0.02 * plan.training.schedule.factor(row["step"] - 1, 20)
+            # the rate of the first group: with Muon that is Adam's, of the embedding
+            expected = 0.01 * plan.training.schedule.factor(row["step"] - 1, 20)
             assert row["lr"] == pytest.approx(expected) and row["grad_norm"] > 0
         else:
             bits = row["val_loss"] / 0.6931471805599453 / blocks.bytes_per_token("validation")
@@ -80,7 +82,15 @@ def test_the_metrics_of_a_run(done: Path):
 def test_the_settings_revive(done: Path):
     assert parts.plain(Run(done).settings()) == parts.plain(settings(done.parent))
     plain = yaml.safe_load((done / "config.yaml").read_text())
-    assert parts.plain(revive(plain)) == plain == parts.plain(settings(done.parent))
+    assert plain == parts.plain(settings(done.parent))
+    assert parts.plain(revive(copy.deepcopy(plain))) == plain
+
+
+def test_reviving_leaves_the_data_as_it_was(done: Path):
+    plain = yaml.safe_load((done / "config.yaml").read_text())
+    before = copy.deepcopy(plain)
+    revive(plain)
+    assert plain == before
 
 
 def test_checkpoints_are_plain_data(done: Path):
@@ -285,7 +295,7 @@ def test_resume_may_extend(tmp_path: Path, done: Path):
     assert load(run).step == 20 and Run(run).settings().training.max_steps == 20
     rates = {row["step"]: row["lr"] for row in rows(run) if "lr" in row}
     schedule = settings(tmp_path).training.schedule
-    assert all(rates[k] == pytest.approx(0.02 * schedule.factor(k - 1, 20)) for k in range(8, 21))
+    assert all(rates[k] == pytest.approx(0.01 * schedule.factor(k - 1, 20)) for k in range(8, 21))
     assert not same(weights(run), weights(done))  # steps 5 to 7 cooled down already
 
     from emformer.settings import Schedule
@@ -426,9 +436,8 @@ def test_wandb_changes_nothing_and_mirrors_the_metrics(tmp_path: Path, done: Pat
         for key in ("val_loss", "train_loss"):
             if key in row:
                 assert repr(row[key]).encode() in data, row  # numbers are stored as JSON
-    import socket
-
-    assert socket.gethostname().encode() not in data
+    assert not list(folders[0].rglob("wandb-metadata.json")), "names of machine and user are not sent"
+    assert sys.executable.encode() not in data
 
 
 def test_tensorboard_mirrors_the_metrics(tmp_path: Path):
@@ -511,7 +520,7 @@ def test_masked_tokens_are_learnt_under_a_full_mask(tmp_path: Path):
     learnable(tmp_path)
     plan = settings(tmp_path, model={"mask": Full()}, objective=MaskedToken(), max_steps=200, validate_every=200)
     found = fit(plan, tmp_path / "run")
-    assert found.last["val_loss"] < 2.0, found.last
+    assert found.last["val_loss"] < 2.5, found.last  # letters alone would be 2.9
     assert "val_bits_per_byte" not in found.last
     loaded = load(tmp_path / "run")
     assert loaded.model.vocab == loaded.tokenizer.get_vocab_size() + 1

@@ -162,9 +162,7 @@ def test_adamw_decays_matrices_and_multiplies_rates(operator, tied: bool):
     embedding = Embedding(positions=Learned(), tied=tied)
     net = model(form=operator, content=operator, dim=8, heads=2, **(RICH | {"embedding": embedding}))
     groups = named(net, AdamW(rate=0.01, weight_decay=0.2).build(net))
-    inside = {
-        name for name, p in net.named_parameters() if name.startswith("blocks.") and name.endswith(("factor", "weight"))
-    }
+    inside = {name for name, p in net.named_parameters() if name.startswith("blocks.") and name.endswith(("factor", "weight"))}
     matrices = {name for name in inside if dict(net.named_parameters())[name].ndim >= 2}
     assert len(matrices) >= 2 * 3
     for name, group in groups.items():
