@@ -14,7 +14,7 @@ from emformer.operators import Operator
 from emformer.parts import UserError
 from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
-from emformer.types import Cloud, Index, Keys, Matrices, Mixture, Queries, Weights
+from emformer.types import Cloud, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
 
 
 class Memory:
@@ -119,8 +119,8 @@ class Attention(nn.Module):
         if self.form.identity_right:
             u, v = self._place(self._queries(y), self._keys(cloud), i, torch.arange(keys.shape[-2], device=i.device))
         else:
-            u, v = self._place(self._queries(y), keys, i, i)[0], keys
-            u = self.form.pull(u)
+            u, v = self._queries(y), keys
+            u = self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
         return self.content.project(self.kernel(u, v, keys, self._visible(i, keys.shape[-2])))
 
     def lift(self, z: Mixture) -> Cloud:
@@ -153,7 +153,7 @@ class Attention(nn.Module):
         v = self.form.right(y)
         return v if self.biases is None or self.biases.right is None else v + self.biases.right.unsqueeze(1)
 
-    def _place(self, u: Queries, v: Keys, i: Index, j: Index) -> tuple[Queries, Keys]:
+    def _place(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
         for position in self.positions:
             u, v = position(u, v, i, j)
         return u, v

@@ -30,7 +30,7 @@ class Visible(NamedTuple):
 
 
 def visible(mask: parts.Mask, i: Index, keys: int) -> Visible:
-    """The pattern of `mask` for queries at positions `i`, the last of the `keys` positions 0, 1, …"""
+    """The pattern of `mask` for queries at positions `i`: as many keys stand at `i` too, more at 0, 1, … up to the last i."""
     if mask.shape == "full":
         return Visible(None)
     if mask.shape == "triangle":
@@ -38,7 +38,8 @@ def visible(mask: parts.Mask, i: Index, keys: int) -> Visible:
             return Visible(None, triangle=True)
         if len(i) == 1:  # one new token sees everything before it
             return Visible(None)
-    return Visible(mask.visible(i[:, None], torch.arange(keys, device=i.device)[None, :]))
+    j = i if len(i) == keys else torch.arange(keys, device=i.device)
+    return Visible(mask.visible(i[:, None], j[None, :]))
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class All(parts.Mask):
     def __post_init__(self) -> None:
         if not self.masks:
             raise UserError("All: the list of masks is empty; name at least one, or use Full.")
+        object.__setattr__(self, "masks", tuple(self.masks))  # YAML gives a list
 
     @classmethod
     def examples(cls) -> Sequence[All]:

@@ -62,8 +62,6 @@ class Emformer(nn.Module):
         """X^0: token vectors, with the learned positions of `i` where the model has them."""
         x = self.embedding(tokens)
         if self.positions is not None:
-            if len(i) > len(self.positions):
-                raise ValueError(f"{len(i)} tokens, but the learned positions reach {len(self.positions)}")
             x = x + self.positions[i]
         return self.dropout(x)
 
@@ -74,7 +72,10 @@ class Emformer(nn.Module):
         memory, `tokens` continue those remembered.
         """
         start = memory[0].length if memory else 0
-        i = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        stop = start + tokens.shape[1]
+        if self.positions is not None and stop > len(self.positions):
+            raise ValueError(f"{stop} tokens, but the learned positions reach {len(self.positions)}")
+        i = torch.arange(start, stop, device=tokens.device)
         x = self.embed(tokens, i)
         for index in range(self.settings.depth):
             for step in self.layer(index).flow(x, i, memory[index] if memory else None, index):
@@ -129,22 +130,27 @@ class Emformer(nn.Module):
         context = self.settings.context
         generator = torch.Generator(tokens.device)
         generator.manual_seed(seed) if seed is not None else generator.seed()
+        new = tokens[:, -context:]
+        memory, seen = self.memory(), [new]
+        for _ in range(count):
+            if memory[0].length + new.shape[1] > context:  # full: start again from the later half
+                memory, new = self.memory(), torch.cat(seen, 1)[:, -max(1, context // 2) :]
+                seen = [new]
+            new = choose(self._next(new, memory), temperature, top_k, top_p, generator)[:, None]
+            seen.append(new)
+            yield new[:, 0]
+
+    @torch.inference_mode()
+    def _next(self, tokens: Tokens, memory: list[Memory]) -> Tensor:
+        """Logits (B, V) after the last of `tokens`, which continue those remembered; without dropout."""
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         try:
-            with torch.inference_mode():
-                new = tokens[:, -context:]
-                memory, seen = self.memory(), [new]
-                for _ in range(count):
-                    if memory[0].length + new.shape[1] > context:  # full: start again from the later half
-                        memory, new = self.memory(), torch.cat(seen, 1)[:, -max(1, context // 2) :]
-                        seen = [new]
-                    logits = self.unembed(self._last(new, memory)[:, -1:])[:, 0]
-                    new = choose(logits, temperature, top_k, top_p, generator)[:, None]
-                    seen.append(new)
-                    yield new[:, 0]
+            return self.unembed(self._last(tokens, memory)[:, -1:])[:, 0]
         finally:
-            self.train(training)
+            if training:
+                self.train()
 
     def generate(
         self,
@@ -155,7 +161,7 @@ class Emformer(nn.Module):
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
-    ) -> Tokens:
+    ) -> Tensor:
         """Continue `tokens` (B, T) by `count` tokens: (B, T + count). Decodes with a cache; dropout is off.
 
         A text longer than the context continues from its last half context, read anew.
@@ -183,6 +189,7 @@ setattr(  # noqa: B010
 )
 
 
+@torch.inference_mode()
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> Tensor:
     """One token (B,) from logits (B, V)."""
     if temperature == 0:

@@ -116,6 +116,7 @@ class Model:
     layers: dict[int, Layer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "positions", tuple(self.positions))  # YAML gives a list
         for name in ("dim", "depth", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; choose at least 1.")

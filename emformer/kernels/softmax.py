@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,10 @@ class Softmax(parts.Kernel):
     """
 
     beta: float = 1.0
+
+    @classmethod
+    def examples(cls) -> Sequence[Softmax]:
+        return [cls(), cls(beta=0.5)]
 
     def build(self, heads: int) -> SoftmaxKernel:
         return SoftmaxKernel(self.beta)
@@ -44,7 +49,7 @@ class SoftmaxKernel(Kernel):
 
     def _fused(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
         # The flash kernels take one head count and one width for all three, and fall back silently to the quadratic
-        # path otherwise. Expanding a group is free (stride 0), zero columns change neither scores nor mixtures.
+        # path otherwise. Zero columns change neither scores nor mixtures.
         rank, width = u.shape[-1], c.shape[-1]
         if rank < width:
             u, v = _widen(u, width), _widen(v, width)
@@ -60,7 +65,7 @@ class SoftmaxKernel(Kernel):
 
 
 def _expand(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, G, S, r) -> (B, H, S, r), each group repeated for its heads."""
+    """(B, G, S, r) -> (B, H, S, r), each group repeated for its heads. A view for one group (stride 0), else a copy."""
     groups = x.shape[1]
     if groups == heads:
         return x

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SMOKE
+
+
+SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -75,7 +77,7 @@ def test_names_that_do_not_exist(fit, tmp_path: Path, section: str, keys: dict, 
     ("option", "near"),
     [
         ("--model.dpeth", "depth"),
-        ("--training.max_step", "max_steps"),
+        ("--training.mxa_steps", "max_steps"),
         ("--training.btach", "batch"),
         ("--data.pth", "path"),
         ("--overwrte", "overwrite"),
@@ -91,7 +93,7 @@ def test_options_that_do_not_exist(fit, option: str, near: str):
     [
         (["--model.depth", "three"], ["depth", "three"]),
         (["--model.depth", "1.5"], ["depth", "1.5"]),
-        (["--training.max_steps", "1e3"], ["max_steps", "1e3"]),
+        (["--training.max_steps", "1e3"], ["max_steps", "1000"]),
         (["--training.precision", "16"], ["precision", "16"]),
         (["--model.shared", "perhaps"], ["shared", "perhaps"]),
         (["--model.form", "Softmax"], ["form", "Softmax"]),

@@ -1,0 +1,142 @@
+"""Every configuration is parsed, built and trained, and explains itself."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from emformer import cli
+from emformer.records import load, read_journal
+
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+named = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
+
+
+def paths(value: Any, prefix: str = "") -> list[str]:
+    """Dotted names of everything a file says, in the order of its lines."""
+    if not isinstance(value, dict):
+        return []
+    found = []
+    for key, item in value.items():
+        name = f"{prefix}.{key}" if prefix else str(key)
+        found += [name, *paths(item, name)]
+    return found
+
+
+def test_there_are_configurations():
+    assert {"default", "smoke"} <= {path.stem for path in CONFIGS}
+    assert not list(FOLDER.rglob("*.yml")), "one ending, so that none is missed"
+
+
+@named
+def test_it_begins_with_what_it_is_for(config: Path):
+    first = config.read_text().splitlines()[0]
+    assert first.startswith("# ") and len(first) > 30
+
+
+EVIDENT = {"training.seed", "training.nodes", "training.accelerator", "training.devices", "training.strategy"}
+
+
+def test_every_key_of_the_default_is_there_and_commented():
+    """The default file is the reference of all settings: each is in it, and each line says what it is.
+
+    A comment stands on the key's own line, or on the line of the group that it belongs to. What `EVIDENT` lists is
+    explained by `--help` alone.
+    """
+    content = (FOLDER / "default.yaml").read_text()
+    settings = yaml.safe_load(content)
+    from emformer.settings import Data, Embedding, Model, Schedule, Training
+
+    for section, cls in (("model", Model), ("data", Data), ("training", Training)):
+        assert set(settings[section]) == set(cls.__dataclass_fields__), section
+    assert set(settings["model"]["embedding"]) == set(Embedding.__dataclass_fields__)
+    assert set(settings["training"]["schedule"]) == set(Schedule.__dataclass_fields__)
+
+    bare, stack = [], []
+    for line in content.splitlines():
+        match = re.match(r"(\s*)(?:- )?\{?(\w+):(.*)", line)
+        if not match:
+            continue
+        depth, key, rest = len(match[1]), match[2], match[3]
+        stack = [(d, k, c) for d, k, c in stack if d < depth]
+        commented = "#" in rest or any(c for _, _, c in stack if c)
+        name = ".".join([k for _, k, _ in stack] + [key])
+        if rest.strip() and not commented and name not in EVIDENT:
+            bare.append(line)
+        stack.append((depth, key, "#" in rest))
+    # what a part's line leaves unsaid (Muon, ReLU2), the line of the other choices says
+    assert not bare, "\n".join(bare)
+
+
+@named
+def test_what_differs_from_the_default_is_explained(config: Path):
+    """Every file but the default is a recipe: it has a comment for every ten lines or so, and none is longer than a line."""
+    lines = config.read_text().splitlines()
+    comments = [line for line in lines if "#" in line]
+    assert len(comments) * 12 >= len(lines)
+    assert all(len(line) <= 140 and "\t" not in line and line == line.rstrip() for line in lines)
+
+
+@named
+def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFixture[str]):
+    class Strict(yaml.SafeLoader):
+        pass
+
+    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict:
+        keys = [loader.construct_object(key) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"{config}: a key stands twice among {keys}"
+        return loader.construct_mapping(node, deep=True)
+
+    Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    said = yaml.load(config.read_text(), Strict)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["fit", "-c", str(config), "--print_config"])
+    assert not end.value.code
+    resolved = set(paths(yaml.safe_load(capsys.readouterr().out)))
+    # a part may be written {class_path: X} or X; `functional: {}` is a class without arguments
+    missing = [name for name in paths(said) if name not in resolved]
+    assert not missing, missing
+
+
+SHRUNKEN = {
+    "training.accumulate": 1,
+    "training.max_steps": 2,
+    "training.validation_windows": 2,
+    "training.sample": 3,
+    "training.accelerator": "cpu",
+    "training.devices": 1,
+    "training.strategy": "auto",
+    "data.workers": 0,
+}
+
+
+@named
+def test_it_trains_two_steps(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """With the model as it stands; only the batch, the text and what is shown are small."""
+    content = yaml.safe_load(config.read_text())
+    options: dict[str, Any] = SHRUNKEN | {"data.cache": tmp_path / "cache", "training.batch": 2}
+    corpus = content["data"]["corpus"]
+    name = corpus if isinstance(corpus, str) else corpus["class_path"]
+    if name == "Grammar":
+        options |= {"data.corpus.sentences": 2000}
+    if content["model"]["dim"] * content["model"]["context"] > 200_000:
+        options |= {"training.batch": 1, "training.validation_windows": 1}
+    run = tmp_path / "run"
+    words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
+    cli.main(["fit", "-c", str(config), "--run", str(run), *words])
+    assert "(2 steps)" in capsys.readouterr().out
+    found = list(read_journal(run / "metrics.jsonl"))
+    losses = [row["train_loss"] for row in found if "train_loss" in row]
+    # every configuration starts near the uniform prediction, and the rate is small enough for the second step
+    import math
+
+    loaded = load(run)
+    assert len(losses) == 2 and losses[0] == pytest.approx(math.log(loaded.model.vocab), abs=0.6)
+    assert losses[1] < losses[0] + 0.5
+    assert found[-1]["val_loss"] < losses[0] + 0.5
+    assert loaded.step == 2 and loaded.config.model.depth == content["model"]["depth"]
