@@ -36,9 +36,9 @@ class Memory:
         if not self._rows:
             self._rows = [x.new_empty(*x.shape[:-2], self.capacity, x.shape[-1]) for x in new]
         for rows, x in zip(self._rows, new, strict=True):
-            rows[..., self.length : self.length + count, :] = x
+            rows.narrow(-2, self.length, count).copy_(x)
         self.length += count
-        return [rows[..., : self.length, :] for rows in self._rows]
+        return [rows.narrow(-2, 0, self.length) for rows in self._rows]
 
     @property
     def numbers(self) -> int:

@@ -39,8 +39,8 @@ class PreNorm(parts.Placement):
     def closes(self) -> bool:
         return True
 
-    def build(self, norm: parts.Norm | None, dim: int) -> tuple[nn.Module, nn.Module]:
-        return _norm(norm, dim), nn.Identity()
+    def build(self, norm: parts.Norm | None, dim: int) -> tuple[nn.Module | None, nn.Module | None]:
+        return (None if norm is None else norm.build(dim)), None
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,8 @@ class PostNorm(parts.Placement):
     def closes(self) -> bool:
         return False
 
-    def build(self, norm: parts.Norm | None, dim: int) -> tuple[nn.Module, nn.Module]:
-        return nn.Identity(), _norm(norm, dim)
-
-
-def _norm(norm: parts.Norm | None, dim: int) -> nn.Module:
-    return nn.Identity() if norm is None else norm.build(dim)
+    def build(self, norm: parts.Norm | None, dim: int) -> tuple[nn.Module | None, nn.Module | None]:
+        return None, (None if norm is None else norm.build(dim))
 
 
 class Block(nn.Module):
@@ -84,15 +80,21 @@ class Block(nn.Module):
 
     def flow(self, x: Cloud, i: Index, memory: Memory | None, layer: int) -> Iterator[Step]:
         """The block's steps from the state x at positions i."""
-        y = self.read_attn(x)
+        y = x if self.read_attn is None else self.read_attn(x)
         z = self.attention(y, i, memory)
         update = self.attention.lift(z)
-        after = self.place_attn(self._add(x, update))
+        after = self._add(x, update)
+        if self.place_attn is not None:
+            after = self.place_attn(after)
         yield Step(layer, "attn", x, y, z, update, after)
         if self.ffn is not None:
-            x, y = after, self.read_ffn(after)
+            x = after
+            y = x if self.read_ffn is None else self.read_ffn(x)
             update = self.ffn(y)
-            yield Step(layer, "ffn", x, y, None, update, self.place_ffn(self._add(x, update)))
+            after = self._add(x, update)
+            if self.place_ffn is not None:
+                after = self.place_ffn(after)
+            yield Step(layer, "ffn", x, y, None, update, after)
 
     def _add(self, x: Tensor, update: Tensor) -> Tensor:
         if self.dropout is not None:

@@ -62,7 +62,7 @@ class Emformer(nn.Module):
         """X^0: token vectors, with the learned positions of `i` where the model has them."""
         x = self.embedding(tokens)
         if self.positions is not None:
-            x = x + self.positions[i]
+            x = x + functional.embedding(i, self.positions)
         return self.dropout(x)
 
     def flow(self, tokens: Tokens, memory: list[Memory] | None = None) -> Iterator[Step]:
@@ -77,8 +77,9 @@ class Emformer(nn.Module):
             raise ValueError(f"{stop} tokens, but the learned positions reach {len(self.positions)}")
         i = torch.arange(start, stop, device=tokens.device)
         x = self.embed(tokens, i)
-        for index in range(self.settings.depth):
-            for step in self.layer(index).flow(x, i, memory[index] if memory else None, index):
+        blocks = list(self.blocks) if not self.settings.shared else [self.blocks[0]] * self.settings.depth
+        for index, block in enumerate(blocks):
+            for step in cast(Block, block).flow(x, i, memory[index] if memory else None, index):
                 x = step.after
                 yield step
 
@@ -136,18 +137,19 @@ class Emformer(nn.Module):
             if memory[0].length + new.shape[1] > context:  # full: start again from the later half
                 memory, new = self.memory(), torch.cat(seen, 1)[:, -max(1, context // 2) :]
                 seen = [new]
-            new = choose(self._next(new, memory), temperature, top_k, top_p, generator)[:, None]
+            token = self._next(new, memory, temperature, top_k, top_p, generator)
+            new = token[:, None]
             seen.append(new)
-            yield new[:, 0]
+            yield token
 
     @torch.inference_mode()
-    def _next(self, tokens: Tokens, memory: list[Memory]) -> Tensor:
-        """Logits (B, V) after the last of `tokens`, which continue those remembered; without dropout."""
+    def _next(self, tokens: Tokens, memory: list[Memory], *sampling: Any) -> Tensor:
+        """The token (B,) after `tokens`, which continue those remembered; without dropout."""
         training = self.training
         if training:
             self.eval()
         try:
-            return self.unembed(self._last(tokens, memory)[:, -1:])[:, 0]
+            return choose(self.unembed(self._last(tokens, memory)[:, -1:])[:, 0], *sampling)
         finally:
             if training:
                 self.train()
@@ -189,7 +191,6 @@ setattr(  # noqa: B010
 )
 
 
-@torch.inference_mode()
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator) -> Tensor:
     """One token (B,) from logits (B, V)."""
     if temperature == 0:
@@ -201,12 +202,13 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     elif top_p is not None and top_p < 1:
         logits, index = logits.sort(-1, descending=True)
     probability = functional.softmax(logits / temperature, -1)
-    if index is None:
-        return torch.multinomial(probability, 1, generator=generator)[:, 0]
-    if top_p is not None and top_p < 1:  # columns are in descending order: keep those before which less than top_p lies
+    if index is not None and top_p is not None and top_p < 1:
+        # columns are in descending order: keep those before which less than top_p lies
         before = probability.cumsum(-1) - probability
         probability = probability.masked_fill(before >= top_p, 0.0)
-    return index.gather(-1, torch.multinomial(probability, 1, generator=generator))[:, 0]
+    # argmax p_i / E_i with E_i ~ Exp(1) is a draw from p, cheaper than torch.multinomial
+    drawn = (probability / torch.empty_like(probability).exponential_(generator=generator)).argmax(-1)
+    return drawn if index is None else index.gather(-1, drawn[:, None])[:, 0]
 
 
 def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from emformer import parts
 
@@ -57,19 +56,19 @@ class RMSNorm(parts.Norm):
 class _LayerNorm(nn.Module):
     def __init__(self, dim: int, gain: bool, bias: bool, eps: float):
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.shape, self.eps = (dim,), eps
         self.gain = nn.Parameter(torch.ones(dim)) if gain else None
         self.bias = nn.Parameter(torch.zeros(dim)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, (self.dim,), self.gain, self.bias, self.eps)
+        return torch.layer_norm(x, self.shape, self.gain, self.bias, self.eps)
 
 
 class _RMSNorm(nn.Module):
     def __init__(self, dim: int, gain: bool, eps: float):
         super().__init__()
-        self.dim, self.eps = dim, eps
+        self.shape, self.eps = (dim,), eps
         self.gain = nn.Parameter(torch.ones(dim)) if gain else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, (self.dim,), self.gain, self.eps)
+        return torch.rms_norm(x, self.shape, self.gain, self.eps)

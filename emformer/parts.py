@@ -100,8 +100,8 @@ class Placement(Part):
     """Where the norm stands around a sublayer: `read` before it, `place` after the residual sum."""
 
     @abstractmethod
-    def build(self, norm: Norm | None, dim: int) -> tuple[torch.nn.Module, torch.nn.Module]:
-        """The pair (read, place): the update is computed from read(x), the new state is place(x + eps update)."""
+    def build(self, norm: Norm | None, dim: int) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
+        """(read, place): the update is computed from read(x), the new state is place(x + eps update); None: nothing there."""
 
     @property
     @abstractmethod

@@ -23,15 +23,15 @@ class Operator(nn.Module, ABC):
     """H maps in factored form. `dim` d, `heads` H, `groups` G (divides H), `rank` r.
 
     `identity_right`: R is the identity of E (dense operators, G = 1 and r = d), so that the cloud itself is the key and
-    the content, shared by all heads. `rate`: factor on the global learning rate that lets one rate serve every
-    parameterisation (math I).
+    the content, shared by all heads. `rates`: by parameter name, the factor on the global learning rate that lets one
+    rate serve every parameterisation (math I); 1 where a name is missing.
     """
 
     identity_right: bool = False
 
-    def __init__(self, dim: int, heads: int, groups: int, rank: int, rate: float = 1.0):
+    def __init__(self, dim: int, heads: int, groups: int, rank: int, rates: dict[str, float]):
         super().__init__()
-        self.dim, self.heads, self.groups, self.rank, self.rate = dim, heads, groups, rank, rate
+        self.dim, self.heads, self.groups, self.rank, self.rates = dim, heads, groups, rank, rates
 
     @abstractmethod
     def left(self, x: Cloud) -> Queries:

@@ -44,7 +44,7 @@ class Dense(parts.Operator):
             std, rate = self.score_std / dim, 2 * math.sqrt(rank) / dim
         else:
             std, rate = self.update_std / math.sqrt(dim * heads), 1 / math.sqrt(heads)
-        return DenseOperator(_draw(self.init, heads, dim, rank, std), rate)
+        return DenseOperator(_draw(self.init, heads, dim, rank, std), {"left_factor": rate})
 
 
 class DenseOperator(Operator):
@@ -52,13 +52,14 @@ class DenseOperator(Operator):
 
     identity_right = True
 
-    def __init__(self, left_factor: torch.Tensor, rate: float):
+    def __init__(self, left_factor: torch.Tensor, rates: dict[str, float]):
         heads, dim, _ = left_factor.shape
-        super().__init__(dim, heads, groups=1, rank=dim, rate=rate)
+        super().__init__(dim, heads, groups=1, rank=dim, rates=rates)
         self.left_factor = nn.Parameter(left_factor)
 
     def left(self, x: Cloud) -> Queries:
-        return functional.linear(x, self.left_factor.flatten(0, 1)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        u = functional.linear(x, self.left_factor.flatten(0, 1))
+        return u.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
 
     def right(self, x: Cloud) -> Keys:
         return x.unsqueeze(1)

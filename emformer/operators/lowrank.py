@@ -18,9 +18,10 @@ from emformer.types import Cloud, HeadClouds, Keys, Matrices, Mixture, Queries
 
 @dataclass(frozen=True)
 class LowRank(parts.Operator):
-    """W_h = c L_h R_{g(h)}^T with free factors; c = 1/sqrt(r) for a form, 1 for a content. Source: math A.1, A.2, A.5.
+    """W_h = L_h R_{g(h)}^T with free factors. Source: math A.1, A.2, A.5.
 
-    As the form M the factors are the query and key weights; as the content F they are the output and value weights.
+    As the form M the factors are the query weights over sqrt(r) and the key weights; as the content F the output and value
+    weights.
 
     Args:
         rank: width r of the factors.
@@ -50,30 +51,27 @@ class LowRank(parts.Operator):
             raise UserError(
                 f"LowRank ({role}): {groups} groups do not divide {heads} heads; choose groups from the divisors of heads."
             )
-        # U, V ~ N(0, 1/d) with 1/sqrt(r) outside gives Var(s) = 1 and |M|_F = 1; F_ij ~ N(0, 1/(dH)) (math I)
+        # U, V ~ N(0, 1/d) with 1/sqrt(r) gives Var(s) = 1 and |M|_F = 1; F_ij ~ N(0, 1/(dH)) (math I). The scale of a form
+        # lives in its left factor, L = U/sqrt(r), which therefore learns at 1/sqrt(r) of the rate: U moves as if it were free.
         if role == "form":
-            left = right = math.sqrt(self.score_std / dim)
-            scale = self.rank**-0.5
-        else:
-            left, right, scale = self.update_std / math.sqrt(self.rank * heads), dim**-0.5, 1.0
-        return LowRankOperator(dim, heads, groups, self.rank, scale, left, right)
+            std, scale = math.sqrt(self.score_std / dim), self.rank**-0.5
+            return LowRankOperator(dim, heads, groups, self.rank, scale * std, std, {"left_factor": scale})
+        left = self.update_std / math.sqrt(self.rank * heads)
+        return LowRankOperator(dim, heads, groups, self.rank, left, dim**-0.5, {})
 
 
 class LowRankOperator(Operator):
-    """`left` (H, r, d) holds the rows of L_h^T, `right` (G, r, d) those of R_g^T; `scale` is c."""
+    """`left_factor` (H, r, d) holds the rows of L_h^T, `right_factor` (G, r, d) those of R_g^T."""
 
-    def __init__(self, dim: int, heads: int, groups: int, rank: int, scale: float, left_std: float, right_std: float) -> None:
-        super().__init__(dim, heads, groups, rank)
-        self.scale = scale
+    def __init__(
+        self, dim: int, heads: int, groups: int, rank: int, left_std: float, right_std: float, rates: dict[str, float]
+    ) -> None:
+        super().__init__(dim, heads, groups, rank, rates)
         self.left_factor = nn.Parameter(left_std * torch.randn(heads, rank, dim))
         self.right_factor = nn.Parameter(right_std * torch.randn(groups, rank, dim))
 
-    def _scaled_left(self) -> torch.Tensor:
-        # scaling the weight is cheaper than scaling the activations, and exact in matrix()
-        return self.left_factor if self.scale == 1.0 else self.left_factor * self.scale
-
     def left(self, x: Cloud) -> Queries:
-        return _split(functional.linear(x, self._scaled_left().flatten(0, 1)), self.heads)
+        return _split(functional.linear(x, self.left_factor.flatten(0, 1)), self.heads)
 
     def right(self, x: Cloud) -> Keys:
         return _split(functional.linear(x, self.right_factor.flatten(0, 1)), self.groups)
@@ -89,16 +87,16 @@ class LowRankOperator(Operator):
         return (m.unflatten(1, (self.groups, -1)) @ self.right_factor.mT.unsqueeze(1)).flatten(1, 2)
 
     def lift_heads(self, z: Mixture) -> HeadClouds:
-        return z @ self._scaled_left()
+        return z @ self.left_factor
 
     def lift(self, z: Mixture) -> Cloud:
-        return z.transpose(1, 2).flatten(2) @ self._scaled_left().flatten(0, 1)
+        return z.transpose(1, 2).flatten(2) @ self.left_factor.flatten(0, 1)
 
     def matrix(self) -> Matrices:
         right = self.right_factor.repeat_interleave(self.heads // self.groups, 0)
-        return self._scaled_left().mT @ right
+        return self.left_factor.mT @ right
 
 
 def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
     """(B, T, heads * r) -> (B, heads, T, r), a view."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)

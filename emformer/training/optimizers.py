@@ -1,4 +1,4 @@
-"""Optimisers. Both multiply the learning rate of an operator's factors by the operator's own `rate` (math I)."""
+"""Optimisers. Both multiply the learning rate of an operator's factors by the operator's own `rates` (math I)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emformer import parts
+from emformer.model import Emformer
 from emformer.operators import Operator
 
 
@@ -35,7 +36,8 @@ class AdamW(parts.Optimizer):
         for parameter, rate, matrix in _parameters(model):
             groups[rate, self.weight_decay if matrix else 0.0].append(parameter)
         return torch.optim.AdamW(
-            [{"params": p, "lr": self.rate * rate, "weight_decay": decay} for (rate, decay), p in groups.items()],
+            # the decay is divided by the multiplier that the optimiser applies to it: weights shrink alike, whatever their rate
+            [{"params": p, "lr": self.rate * rate, "weight_decay": decay / rate} for (rate, decay), p in groups.items()],
             betas=(self.beta1, self.beta2),
             fused=True,
         )
@@ -77,13 +79,17 @@ class Muon(parts.Optimizer):
             groups[matrix, rate].append(parameter)
         return MuonWithAdam(
             [
-                {"params": p, "lr": (self.rate if matrix else self.adam_rate) * rate, "matrix": matrix}
+                {
+                    "params": p,
+                    "lr": (self.rate if matrix else self.adam_rate) * rate,
+                    "weight_decay": self.weight_decay / rate,
+                    "matrix": matrix,
+                }
                 for (matrix, rate), p in groups.items()
             ],
             {
                 "momentum": self.momentum,
                 "iterations": self.iterations,
-                "weight_decay": self.weight_decay,
                 "beta1": self.beta1,
                 "beta2": self.beta2,
             },
@@ -92,19 +98,23 @@ class Muon(parts.Optimizer):
 
 def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
     """Each trainable parameter once, with its rate multiplier and whether it is a matrix inside a block."""
-    rates = {id(p): module.rate for module in model.modules() if isinstance(module, Operator) for p in module.parameters()}
-    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)} | {
-        id(p) for module in model.modules() if isinstance(module, Operator) for p in module.parameters() if p.ndim >= 2
-    }
-    for module in model.modules():  # embeddings are rows of vectors, not maps, also when they unembed
-        if isinstance(module, nn.Embedding):
-            matrices.discard(id(module.weight))
-    unembedding = getattr(model, "unembedding", None)
-    if unembedding is not None:
-        matrices.discard(id(unembedding.weight))
+    rates: dict[int, float] = {}
+    matrices: set[int] = set()
+    vectors: set[int] = set()  # embeddings are rows of vectors, not maps, also when they unembed
+    for module in model.modules():
+        if isinstance(module, Operator):
+            rates |= {id(p): module.rates.get(name, 1.0) for name, p in module.named_parameters()}
+            matrices |= {id(p) for p in module.parameters() if p.ndim >= 2}
+        elif isinstance(module, nn.Linear):
+            matrices.add(id(module.weight))
+        elif isinstance(module, nn.Embedding):
+            vectors.add(id(module.weight))
+    if isinstance(model, Emformer):
+        vectors.add(id(model.unembedding.weight))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            yield parameter, rates.get(id(parameter), 1.0), id(parameter) in matrices
+            key = id(parameter)
+            yield parameter, rates.get(key, 1.0), key in matrices and key not in vectors
 
 
 class MuonWithAdam(torch.optim.Optimizer):

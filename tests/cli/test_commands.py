@@ -184,7 +184,5 @@ def test_generate_continues_the_prompt(emformer, run: Path):
 
 def test_a_reader_that_leaves_is_no_error(run: Path):
     command = f"{sys.executable} -m emformer generate {run} --tokens 4000 | head -c 5"
-    done = subprocess.run(
-        command, shell=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = subprocess.run(command, shell=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert b"Traceback" not in done.stderr and b"Error" not in done.stderr, done.stderr.decode()

@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 
 
@@ -269,13 +268,16 @@ def damaged(kind: str, run: Path, folder: Path) -> Path:
         content["emformer"]["settings"]["model"]["ffn"] = {"class_path": "nowhere.at_all.Part"}
         torch.save(content, path)
     elif kind == "a function":
-        content["emformer"]["settings"]["model"]["ffn"] = {"class_path": "os.mkdir", "init_args": {"path": str(folder / "harmed")}}
+        content["emformer"]["settings"]["model"]["ffn"] = {
+            "class_path": "os.mkdir",
+            "init_args": {"path": str(folder / "harmed")},
+        }
         torch.save(content, path)
     elif kind == "unknown key":
         content["emformer"]["settings"]["model"]["dpeth"] = 3
         torch.save(content, path)
     elif kind == "not settings":
-        content["emformer"]["settings"] = [1, 2]
+        content["emformer"]["settings"] = {"model": [1, 2], "data": 3}
         torch.save(content, path)
     elif kind == "other weights":
         content["state_dict"] = {"model.embedding.weight": torch.ones(2, 2)}

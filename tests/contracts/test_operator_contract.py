@@ -42,7 +42,7 @@ def test_it_says_what_it_is(setting, role, heads):
     assert isinstance(w, Operator)
     assert (w.dim, w.heads) == (D, heads)
     assert w.heads % w.groups == 0
-    assert w.rate > 0
+    assert set(w.rates) <= {name for name, _ in w.named_parameters()} and all(rate > 0 for rate in w.rates.values())
     assert w.matrix().shape == (heads, D, D)
     x = cloud(T, D)
     assert w.left(x).shape == (2, heads, T, w.rank)

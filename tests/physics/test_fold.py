@@ -74,7 +74,7 @@ def test_with_rope_by_the_factor_rule(seed, positions, groups, mask):
         fill(folded.content.left_factor, content.left_factor)
         fill(folded.content.right_factor, content.right_factor @ pg.mT)
         # the score's scale sits on the left factor, and so on what b_Q takes from it
-        fill(folded.biases.left, layer.biases.left + form.left_factor @ b / R**0.5)
+        fill(folded.biases.left, layer.biases.left + form.left_factor @ b)
         fill(folded.biases.right, layer.biases.right + form.right_factor @ b)
         fill(folded.drift, layer.drift + (f @ b).sum(0))
     for ours, expected in zip(run(folded, bare), run(layer, read), strict=True):

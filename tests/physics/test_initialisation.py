@@ -104,20 +104,24 @@ def test_spectra_differ_where_moments_agree():
     assert torch.linalg.matrix_rank(product.double(), rtol=1e-4).tolist() == [R] * HEADS
 
 
-def change_of_a_sign_step(form, gradient: torch.Tensor) -> float:
-    """First-order change <G, dM> when every parameter moves by the sign of its gradient."""
-    grads = torch.autograd.grad((gradient * form.matrix()).sum(), list(form.parameters()))
-    return sum(g.abs().sum().item() for g in grads)
+def change_of_a_sign_step(form, gradient: torch.Tensor, rates: dict[str, float]) -> float:
+    """First-order change <G, dM> when every parameter moves by its rate times the sign of its gradient."""
+    names, parameters = zip(*form.named_parameters(), strict=True)
+    grads = torch.autograd.grad((gradient * form.matrix()).sum(), parameters)
+    return sum(rates.get(name, 1.0) * g.abs().sum().item() for name, g in zip(names, grads, strict=True))
 
 
 def test_a_sign_step_moves_a_free_matrix_further(seed):
-    """By d / (2 sqrt(r)); `rate` takes exactly that back."""
+    """By d / (2 sqrt(r)) than the factors of U V^T / sqrt(r); `rates` take exactly that back.
+
+    The left factor holds U / sqrt(r), and its rate 1/sqrt(r) moves it as U would move.
+    """
     dense, factored = Dense().build("form", D, HEADS).double(), LowRank(rank=R).build("form", D, HEADS).double()
     expected = D / (2 * math.sqrt(R))
     for gradient in (torch.randn(HEADS, D, D, dtype=torch.float64), _of_a_loss(dense)):
-        ratio = change_of_a_sign_step(dense, gradient) / change_of_a_sign_step(factored, gradient)
-        assert abs(ratio / expected - 1) < 0.1
-        assert abs(ratio * dense.rate / factored.rate - 1) < 0.1
+        factors = change_of_a_sign_step(factored, gradient, factored.rates)
+        assert abs(change_of_a_sign_step(dense, gradient, {}) / factors / expected - 1) < 0.1
+        assert abs(change_of_a_sign_step(dense, gradient, dense.rates) / factors - 1) < 0.1
 
 
 def _of_a_loss(form) -> torch.Tensor:
@@ -132,6 +136,7 @@ def _of_a_loss(form) -> torch.Tensor:
 @pytest.mark.parametrize(("dim", "heads"), [(8, 2), (128, 4), (96, 12)])
 def test_rates(dim, heads):
     rank = dim // heads
-    assert Dense().build("form", dim, heads).rate == pytest.approx(2 * math.sqrt(rank) / dim)
-    assert Dense().build("content", dim, heads).rate == pytest.approx(1 / math.sqrt(heads))
-    assert LowRank(rank=4).build("form", dim, heads).rate == LowRank(rank=4).build("content", dim, heads).rate == 1
+    assert Dense().build("form", dim, heads).rates == {"left_factor": pytest.approx(2 * math.sqrt(rank) / dim)}
+    assert Dense().build("content", dim, heads).rates == {"left_factor": pytest.approx(1 / math.sqrt(heads))}
+    assert LowRank(rank=4).build("form", dim, heads).rates == {"left_factor": 0.5}
+    assert LowRank(rank=4).build("content", dim, heads).rates == {}

@@ -84,7 +84,7 @@ def emf(w: QKV, **kwargs) -> Attention:
         drift=Drift(),
         **kwargs,
     )
-    fill(layer.form.left_factor, w.wq.mT)
+    fill(layer.form.left_factor, w.wq.mT / math.sqrt(w.wq.shape[-1]))
     fill(layer.form.right_factor, w.wk.mT)
     fill(layer.content.left_factor, w.wo)
     fill(layer.content.right_factor, w.wv.mT)
@@ -149,7 +149,7 @@ def test_homogeneous_lift(seed):
     w, y = draw(), cloud(N)
     lifted = torch.cat([y, torch.ones(*y.shape[:2], 1, dtype=y.dtype)], -1)
     form = LowRank(rank=R).build("form", D + 1, H).double()
-    fill(form.left_factor, torch.cat([w.wq, w.bq[:, None]], 1).mT)
+    fill(form.left_factor, torch.cat([w.wq, w.bq[:, None]], 1).mT / math.sqrt(w.wq.shape[-1]))
     fill(form.right_factor, torch.cat([w.wk, w.bk[:, None]], 1).mT)
     with torch.no_grad():
         matrix = form.matrix()
@@ -198,7 +198,7 @@ def test_equals_torch_multihead_attention(seed, mask):
     bq, _, bv = theirs.in_proj_bias.detach().unflatten(0, (3, H, R))
     wo, bo = theirs.out_proj.weight.detach(), theirs.out_proj.bias.detach()
     layer = attention(LowRank(rank=R), LowRank(rank=R), mask=mask, functional=Functional(), drift=Drift())
-    fill(layer.form.left_factor, wq)
+    fill(layer.form.left_factor, wq / math.sqrt(R))
     fill(layer.form.right_factor, wk)
     fill(layer.content.right_factor, wv)
     fill(layer.content.left_factor, wo.T.unflatten(0, (H, R)))

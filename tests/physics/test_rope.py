@@ -59,7 +59,7 @@ def test_scores_come_from_the_family(seed, form):
                     family = m.matrix()[h] @ rotation(j - i, D)
                 else:
                     right = m.right_factor[h * m.groups // H].mT
-                    family = m.left_factor[h].mT @ rotation(j - i, R) @ right.mT / math.sqrt(R)
+                    family = m.left_factor[h].mT @ rotation(j - i, R) @ right.mT
                 expected = torch.einsum("bd,de,be->b", y[:, i], family, y[:, j])
                 assert (got[:, h, i, j] - expected).abs().max() < 1e-10
 

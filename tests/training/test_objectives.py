@@ -96,7 +96,7 @@ def test_masking_has_the_shares_it_says(share: float):
 @pytest.mark.parametrize("share", [1e-6, 0.15])
 def test_every_window_has_a_target(share: float):
     windows = np.random.default_rng(0).integers(0, 50, (500, 9))
-    inputs, targets = MaskedToken(share).cut(windows, np.random.default_rng(1), 50)
+    _, targets = MaskedToken(share).cut(windows, np.random.default_rng(1), 50)
     counts = (targets != IGNORE).sum(1)
     assert counts.min() >= 1
     if share < 1e-3:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from emformer.ffn import ReLU2
 from emformer.norms import LayerNorm
-from emformer.operators import Dense, LowRank
+from emformer.operators import Dense, LowRank, Operator
 from emformer.settings import Drift, Embedding, Functional, Learned
 from emformer.training import AdamW, Muon
 from emformer.training.optimizers import MuonWithAdam, orthogonalise
@@ -89,15 +89,16 @@ def test_muons_step_is_head_by_head(seed: int, operator):
     optimizer.step()
     checked = 0
     for prefix, module in net.named_modules():
-        if not hasattr(module, "left_factor"):
+        if not isinstance(module, Operator):
             continue
         for name, p in module.named_parameters(prefix=prefix):
+            rate = 0.1 * module.rates.get(name.rpartition(".")[2], 1.0)
             # first step: the momentum is 0.1 g, Nesterov looks ahead to 0.1 g + 0.9 * 0.09 g: a multiple of g
             for head in range(len(p)):
                 g = p.grad[head]
                 tall = g.shape[0] > g.shape[1]
                 expected = orthogonalise((g.mT if tall else g)[None], 3)[0]
-                step = (before[name][head] - p.detach()[head]) / (0.1 * module.rate)
+                step = (before[name][head] - p.detach()[head]) / rate
                 assert (step - (expected.mT if tall else expected)).abs().max() < 1e-9, name
                 checked += 1
     assert checked >= 8
@@ -156,22 +157,38 @@ def named(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict]:
     return dict(found)
 
 
+def rates(net: nn.Module) -> dict[str, float]:
+    """The multiplier of every parameter: what its operator says, and one for all others."""
+    found = {name: 1.0 for name, _ in net.named_parameters()}
+    for prefix, module in net.named_modules():
+        if isinstance(module, Operator):
+            found |= {f"{prefix}.{name}": module.rates.get(name, 1.0) for name, _ in module.named_parameters()}
+    return found
+
+
+def test_dense_operators_have_the_rates_of_math():
+    net = model(form=Dense(), content=Dense(), dim=8, heads=2)
+    for name, rate in rates(net).items():
+        # 2 sqrt(d/H)/d on the form, 1/sqrt(H) on the content: a step moves scores as far as one on factors would
+        expected = 2 * math.sqrt(4) / 8 if ".form." in name else 1 / math.sqrt(2) if ".content." in name else 1.0
+        assert rate == pytest.approx(expected), name
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("operator", [LowRank(rank=4), Dense()], ids=repr)
 def test_adamw_decays_matrices_and_multiplies_rates(operator, tied: bool):
     embedding = Embedding(positions=Learned(), tied=tied)
     net = model(form=operator, content=operator, dim=8, heads=2, **(RICH | {"embedding": embedding}))
     groups = named(net, AdamW(rate=0.01, weight_decay=0.2).build(net))
-    inside = {name for name, p in net.named_parameters() if name.startswith("blocks.") and name.endswith(("factor", "weight"))}
-    matrices = {name for name in inside if dict(net.named_parameters())[name].ndim >= 2}
+    inside = {n: p for n, p in net.named_parameters() if n.startswith("blocks.") and n.endswith(("factor", "weight"))}
+    matrices = {name for name, p in inside.items() if p.ndim >= 2}
     assert len(matrices) >= 2 * 3
+    multiplier = rates(net)
     for name, group in groups.items():
-        assert group["weight_decay"] == (0.2 if name in matrices else 0.0), name
-        rate = 1.0
-        if isinstance(operator, Dense) and name.endswith("factor"):
-            # math I: 2 sqrt(d/H)/d on the form, 1/sqrt(H) on the content
-            rate = 2 * math.sqrt(4) / 8 if ".form." in name else 1 / math.sqrt(2)
-        assert group["lr"] == pytest.approx(0.01 * rate), name
+        assert group["lr"] == pytest.approx(0.01 * multiplier[name]), name
+        # torch multiplies the decay by the rate: what a weight loses a step is the same whatever its multiplier
+        shrinks = group["lr"] * group["weight_decay"]
+        assert shrinks == pytest.approx(0.01 * 0.2 if name in matrices else 0.0), name
         assert group["betas"] == (0.9, 0.95)
 
 
@@ -184,11 +201,9 @@ def test_muon_takes_the_matrices_of_the_blocks_alone(operator, tied: bool):
     muon = {name for name, group in groups.items() if group["matrix"]}
     assert muon == {n for n, p in net.named_parameters() if n.startswith("blocks.") and p.ndim >= 2 and "bias" not in n}
     assert not [name for name in muon if "embedding" in name or name == "positions" or "norm" in name or "drift" in name]
+    multiplier = rates(net)
     for name, group in groups.items():
-        rate = 1.0
-        if isinstance(operator, Dense) and name.endswith("factor"):
-            rate = 2 * math.sqrt(4) / 8 if ".form." in name else 1 / math.sqrt(2)
-        assert group["lr"] == pytest.approx((0.02 if name in muon else 0.003) * rate), name
+        assert group["lr"] == pytest.approx((0.02 if name in muon else 0.003) * multiplier[name]), name
 
 
 def test_frozen_parameters_stay(seed: int):
