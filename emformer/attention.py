@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from emformer import parts
 from emformer.kernels import Kernel
@@ -14,11 +15,18 @@ from emformer.operators import Operator
 from emformer.parts import UserError
 from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
-from emformer.types import Cloud, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
+from emformer.types import Cloud, HeadClouds, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
+
+
+# Up to here (1 MiB in float32) one product with all M_h multiplied out takes less time than starting the several products with
+# their factors; beyond, decoding is bound by the weights that it reads.
+SMALL = 2**18
 
 
 class Memory:
     """What one layer remembers of the tokens it has seen: tensors (..., S, width) that grow along S.
+
+    `folded` may hold M multiplied out and u, for as long as the memory lives: weights do not change while they decode.
 
     Args:
         capacity: tokens to make room for. Appending beyond it raises ValueError.
@@ -26,6 +34,7 @@ class Memory:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
+        self.folded: tuple[Tensor, Tensor | None] | None = None
         self._rows: list[Tensor] = []
 
     def append(self, *new: Tensor) -> list[Tensor]:
@@ -119,8 +128,7 @@ class Attention(nn.Module):
         if self.form.identity_right:
             u, v = self._place(self._queries(y), self._keys(cloud), i, torch.arange(keys.shape[-2], device=i.device))
         else:
-            u, v = self._queries(y), keys
-            u = self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
+            u, v = self._gradients(y, i, memory), keys
         return self.content.project(self.kernel(u, v, keys, self._visible(i, keys.shape[-2])))
 
     def lift(self, z: Mixture) -> Cloud:
@@ -144,6 +152,17 @@ class Attention(nn.Module):
     def matrices(self) -> tuple[Matrices, Matrices]:
         """(M, F), each (H, d, d)."""
         return self.form.matrix(), self.content.matrix()
+
+    def _gradients(self, y: Cloud, i: Index, memory: Memory | None) -> HeadClouds:
+        """The relevance gradients M_h^T y + u_h (B, H, T, d)."""
+        if memory is None or len(self.positions) or self.form.heads * self.form.dim**2 > SMALL:
+            u = self._queries(y)
+            return self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
+        if memory.folded is None:
+            u = self.functional()
+            memory.folded = self.form.matrix().mT.flatten(0, 1), None if u is None else u.flatten()
+        u = functional.linear(y, *memory.folded)
+        return u.view(*y.shape[:-1], self.form.heads, -1).transpose(1, 2)
 
     def _queries(self, y: Cloud) -> Queries:
         u = self.form.left(y)

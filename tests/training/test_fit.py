@@ -540,3 +540,14 @@ def test_a_glob_is_several_documents(tmp_path: Path):
     fit(plan, tmp_path / "run")
     assert read_text(plan.data).meta["documents"] == 2
     assert parts.plain(Run(tmp_path / "run").settings().data)["corpus"] == parts.plain(File(str(tmp_path / "text.txt")))
+
+
+def test_two_runs_without_a_folder_get_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As in a notebook: the second call must not meet the folder of the first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EMFORMER_RUN", "restored afterwards")
+    monkeypatch.delenv("EMFORMER_RUN")
+    plan = settings(tmp_path, max_steps=1)
+    one = fit(plan).path
+    time.sleep(1.1)  # they are named by the second
+    assert fit(plan).path != one
