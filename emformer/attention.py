@@ -17,7 +17,6 @@ from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
 from emformer.types import Cloud, HeadClouds, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
 
-
 # Up to here (1 MiB in float32) one product with all M_h multiplied out takes less time than starting the several products with
 # their factors; beyond, decoding is bound by the weights that it reads.
 SMALL = 2**18

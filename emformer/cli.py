@@ -6,9 +6,10 @@ This module alone imports inside its functions: torch takes more than a second, 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from emformer.configuration import load_parts, parse, settings_parser
 from emformer.parts import UserError
@@ -100,15 +101,17 @@ def _fit(arguments: Sequence[str]) -> None:
             if "val_bits_per_byte" in figures:
                 line += f", {figures['val_bits_per_byte']:.4f} bits per byte"
             print(f"{line}  (step {figures['step']})")
+    folder = shlex.quote(str(done.path))
+    config = shlex.quote(str(done.path / "config.yaml"))
     print(
         "\nnext\n"
         + (
-            f'  emformer generate {done.path} --prompt "The "\n'
+            f'  emformer generate {folder} --prompt "The "\n'
             if settings.training.objective.covers_text
-            else f"  emformer info -c {done.path / 'config.yaml'}\n"
+            else f"  emformer info -c {config}\n"
         )
-        + f"  emformer validate {done.path} --which best\n"
-        f"  emformer fit -c {done.path / 'config.yaml'} --run {done.path} --resume --training.max_steps "
+        + f"  emformer validate {folder} --which best\n"
+        f"  emformer fit -c {config} --run {folder} --resume --training.max_steps "
         f"{2 * settings.training.max_steps}"
     )
 
@@ -195,17 +198,19 @@ def _info(arguments: Sequence[str]) -> None:
     print(table(costs(vocab, settings.model), settings.model))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes become one sentence; options are not abbreviated."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help explains.")
+
+
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(f"emformer {command}", description=description, exit_on_error=False)
+    return _Parser(f"emformer {command}", description=description, allow_abbrev=False)
 
 
 def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
-    try:
-        options, unknown = parser.parse_known_args(arguments)
-    except (argparse.ArgumentError, SystemExit) as error:
-        if isinstance(error, SystemExit):  # help was shown, or a required argument is missing and argparse has said so
-            raise
-        raise UserError(f"{error}; {parser.prog} --help lists the options.") from error
+    options, unknown = parser.parse_known_args(arguments)
     if unknown:
         import difflib
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import pkgutil
@@ -9,8 +10,11 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
 
 from emformer import parts
@@ -41,10 +45,39 @@ def load_parts() -> None:
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """The parsed and instantiated namespace. Raises `UserError` in one sentence for whatever is wrong."""
+    for path in _files(arguments):
+        read_yaml(path)
     try:
         return parser.instantiate(parser.parse_args(list(arguments)))
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         raise UserError(explain(error, parser)) from error
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises `UserError` that names the file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"the settings file {path} does not exist.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        what = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{path}{where} is not valid YAML: {what}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as a settings file: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no settings: it should map names such as 'model' to values.")
+    return content
+
+
+def _files(arguments: Sequence[str]) -> Iterator[str]:
+    """What follows -c or --config."""
+    for word, after in zip_longest(arguments, arguments[1:]):
+        if word in ("-c", "--config") and after is not None:
+            yield after
+        elif word.startswith("--config="):
+            yield word.removeprefix("--config=")
 
 
 def revive(plain: dict[str, Any]) -> Settings:
@@ -66,7 +99,7 @@ def revive(plain: dict[str, Any]) -> Settings:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Settings, nested_key=None, as_group=False)
     try:
-        return Settings(**vars(parser.instantiate(parser.parse_object(plain))))
+        return Settings(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(plain)))))
     except (ArgumentError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise UserError(explain(error, parser)) from error
 
@@ -90,29 +123,39 @@ def explain(error: Exception, parser: ArgumentParser) -> str:
             return str(cause)
         cause = cause.__cause__ or cause.__context__
     text = str(error)
-    wrong = re.search(
-        r"unrecognized arguments: (?:--)?([\w.]+)|[Kk]ey '([\w.]+)' is not expected|'([\w.]+)' is not expected"
-        r"|Unexpected keys: \{'([\w.]+)'|import path string: ([\w.]+)|No module named '([\w.]+)'",
-        text,
-    )
-    if wrong:
-        name = next(group for group in wrong.groups() if group)
-        near = nearest(name, parser)
-        return f"'{name}' is not a setting or part that exists{near}."
-    missing = re.findall(r"(?:Key|Option|Argument) \"([\w.]+)\" is required", text)
-    if missing:
-        return f"no value for {', '.join(missing)}: start from a complete file, as in -c configs/default.yaml."
-    return re.sub(r"\s+", " ", text).strip()[:600]
+    for pattern in _UNKNOWN:
+        if wrong := re.search(pattern, text):
+            return _unknown(wrong[1], parser)
+    if "arguments are required" in text or "is required" in text:
+        missing = ", ".join(sorted(set(re.findall(r"[\w]+(?:\.[\w]+)+", text))))
+        return f"no value for {missing or 'some settings'}: start from a complete file, as in -c configs/default.yaml."
+    return re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", re.sub(r"\s+", " ", text)).strip()[:600]
 
 
-def nearest(name: str, parser: ArgumentParser) -> str:
-    """'; did you mean …?' for a misspelt key or class, or nothing."""
+# how the parser says that a name is not known
+_UNKNOWN = (
+    r"unrecognized arguments: (?:--)?([\w.]+)",
+    r"[Oo]ption '([\w.]+)'",
+    r"[Kk]ey '([\w.]+)' is not expected",
+    r"Unexpected keys: \{'([\w.]+)'",
+    r"import path string: ([\w.]+)",
+    r"No module named '([\w.]+)'",
+)
+
+
+def _unknown(name: str, parser: ArgumentParser) -> str:
     known = {action.dest for action in parser._actions} | set(_names(parts.Part))
-    last = {key.rpartition(".")[2]: key for key in known}
-    match = difflib.get_close_matches(name, known, 1, 0.7) or [
+    if name in known:
+        return f"'{name}' exists, but not as a part of the kind that stands there."
+    name = name.removesuffix(".class_path").removesuffix(".init_args")
+    is_class = name.rpartition(".")[2][:1].isupper()
+    alike = {key for key in known if key.rpartition(".")[2][:1].isupper() == is_class}
+    last = {key.rpartition(".")[2]: key for key in alike}
+    near = difflib.get_close_matches(name, alike, 1, 0.7) or [
         last[key] for key in difflib.get_close_matches(name.rpartition(".")[2], last, 1, 0.6)
     ]
-    return f"; did you mean '{match[0]}'?" if match else "; --help lists them all"
+    hint = f"did you mean '{near[0]}'?" if near else "--help lists them all."
+    return f"'{name}' is not a setting or part that exists; {hint}"
 
 
 def _names(base: type) -> Iterator[str]:

@@ -15,14 +15,15 @@ from emformer.records import Loaded
 from emformer.text import File, Windows
 from emformer.training.data import ValidationBatches, read_text
 from emformer.training.learner import nll
+from emformer.training.objectives import IGNORE
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Mean loss in nats over `positions` targets in `windows` windows, its standard error over windows, bits per byte.
 
-    `bits_per_byte` is None where the objective does not cover the text. The standard error treats windows as independent,
-    which consecutive text is not quite: read it as a lower bound.
+    `bits_per_byte` is None where the objective does not cover the text. The standard error (nan for one window)
+    treats windows as independent, which consecutive text is not quite: read it as a lower bound.
     """
 
     loss: float
@@ -33,7 +34,8 @@ class Evaluation:
     positions: int
 
     def __str__(self) -> str:
-        line = f"loss {self.loss:.4f} ± {self.error:.4f} {self.unit}"
+        spread = "" if math.isnan(self.error) else f" ± {self.error:.4f}"
+        line = f"loss {self.loss:.4f}{spread} {self.unit}"
         if self.bits_per_byte is not None:
             line += f"   {self.bits_per_byte:.4f} bits per byte"
         return f"{line}   ({self.windows:,} windows, {self.positions:,} targets)"
@@ -72,17 +74,19 @@ def evaluate(loaded: Loaded, text: str | None = None, batch: int = 32) -> Evalua
     batches = ValidationBatches(windows, objective, vocab, batch, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)
-    losses, counts = [], []
+    sums, counts = [], []  # by window
     bar = tqdm(DataLoader(batches, batch_size=None), unit="batch", leave=False, disable=not sys.stderr.isatty())
     with torch.inference_mode():
         for one in bar:
             moved = one._replace(inputs=one.inputs.to(device), targets=one.targets.to(device))
-            losses.append(float(nll(model, moved)))
-            counts.append(one.total)
-    total, positions = math.fsum(losses), sum(counts)
-    loss = total / positions
-    spread = math.fsum((x - loss * n) ** 2 for x, n in zip(losses, counts, strict=True))
-    many = len(losses)
-    error = math.sqrt(spread * many / max(1, many - 1)) / positions if many > 1 else math.nan
+            sums.append(nll(model, moved, reduction="none").view_as(moved.targets).double().sum(1).cpu())
+            counts.append((one.targets != IGNORE).sum(1))
+    total, count = torch.cat(sums), torch.cat(counts)
+    positions = int(count.sum())
+    loss = float(total.sum()) / positions
+    # a ratio of two means: the residuals of each window, as if windows were independent
+    spread = float((total - loss * count).square().sum())
+    many = len(total)
+    error = math.sqrt(spread * many / (many - 1)) / positions if many > 1 else math.nan
     bits = loss / math.log(2) / bytes_per_token if objective.covers_text else None
     return Evaluation(loss, error, objective.unit, bits, len(windows), positions)

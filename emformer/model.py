@@ -121,7 +121,7 @@ class Emformer(nn.Module):
             attention = self.layer(depth).attention
             if not (attention.mask.causal and attention.kernel.rowwise):
                 raise UserError(f"generate: layer {depth} is not causal, so this model cannot continue a text token by token.")
-        if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        if not 0 <= temperature < float("inf") or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
             raise UserError(
                 f"generate: temperature {temperature}, top_k {top_k}, top_p {top_p}; "
                 "choose temperature >= 0, top_k >= 1 and top_p in (0, 1]."

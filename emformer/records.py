@@ -16,6 +16,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -27,7 +28,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from emformer import parts
-from emformer.configuration import revive
+from emformer.configuration import read_yaml, revive
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.settings import Settings
@@ -147,6 +148,14 @@ class Run:
         """{step: value} of one key of the metrics, as "val_loss", where it was measured."""
         return {row["step"]: row[key] for row in read_journal(self.metrics) if row.get(key) is not None}
 
+    @property
+    def corpus(self) -> str | None:
+        """Identity of the text the run was begun with, if it is known."""
+        try:
+            return json.loads(self.environment.read_text(encoding="utf-8")).get("corpus")
+        except (OSError, ValueError, AttributeError):
+            return None
+
     def write_settings(self, settings: Settings) -> None:
         write_atomically(self.config, yaml.safe_dump(parts.plain(settings), sort_keys=False, allow_unicode=True))
 
@@ -189,14 +198,7 @@ def _revision() -> str | None:
 
 def read_settings(path: str | Path) -> Settings:
     """The settings in a YAML file, complete. Parts are named by their class path, or by class where they are loaded."""
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no settings; is it the config.yaml of a run?")
-    return revive(content)
+    return revive(read_yaml(path))
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,9 @@ def _checkpoint(source: Path, which: str | int) -> Path:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of emformer, as plain data on the CPU. Raises `UserError` for any other file."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on foreign files; our sentence follows
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
@@ -282,7 +286,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as a checkpoint: it is truncated, or holds something other than plain data."
         ) from error
     own = content.get("emformer") if isinstance(content, dict) else None
-    if not isinstance(own, dict) or not {"settings", "tokenizer", "vocab", "format"} <= own.keys():
+    whole = isinstance(content, dict) and {"state_dict", "global_step"} <= content.keys()
+    if not whole or not isinstance(own, dict) or not {"settings", "tokenizer", "vocab", "format"} <= own.keys():
         raise UserError(f"{path} is not a checkpoint of emformer.")
     if own["format"] != FORMAT:
         raise UserError(f"{path} has the checkpoint format {own['format']}; this version reads {FORMAT}.")

@@ -162,6 +162,10 @@ class Data:
     def __post_init__(self) -> None:
         if not 0 < self.validation < 1:
             raise UserError(f"data.validation is {self.validation}; choose a share strictly between 0 and 1.")
+        if self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}; choose 0 or more processes.")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise UserError(f"data.max_tokens is {self.max_tokens}; choose at least 1, or null for all of the text.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +186,13 @@ class Schedule:
     warmup: int = 20
     cooldown: float = 0.6
     final: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.warmup < 0:
+            raise UserError(f"training.schedule.warmup is {self.warmup}; choose 0 or more steps.")
+        for name in ("cooldown", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"training.schedule.{name} is {getattr(self, name)}; choose a share in [0, 1].")
 
     def factor(self, step: int, max_steps: int) -> float:
         """The factor for step `step` (from 0) of `max_steps`, in (0, 1]."""
@@ -235,9 +246,13 @@ class Training:
     strategy: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch", "accumulate", "validate_every", "save_every"):
-            if getattr(self, name) < 1:
+        for name in ("max_steps", "batch", "accumulate", "validate_every", "save_every", "nodes", "validation_windows"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; choose at least 1.")
+        if self.seed < 0 or self.sample < 0:
+            raise UserError(f"training.seed is {self.seed} and training.sample {self.sample}; neither may be negative.")
+        if self.clip is not None and not self.clip > 0:
+            raise UserError(f"training.clip is {self.clip}; choose a positive norm, or null for no clipping.")
         if self.batch % self.accumulate:
             raise UserError(
                 f"training.accumulate is {self.accumulate}, which does not divide the batch of {self.batch} sequences."

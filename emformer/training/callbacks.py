@@ -71,7 +71,7 @@ class Metrics(pl.Callback):
         row = {
             "train_loss": learner.loss_value,
             "grad_norm": learner.grad_norm,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
         }
         first, then = self._since
         now = time.perf_counter()

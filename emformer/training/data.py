@@ -69,7 +69,10 @@ class ValidationBatches(Dataset):
     def __getitem__(self, index: int) -> Batch:
         picked = self.picked[index * self.size : (index + 1) * self.size]
         # each window is cut by its own generator, so that nothing depends on how many go together
-        cuts = [self.objective.cut(self.windows.fixed(k, k + 1), np.random.default_rng((0, 2, k)), self.vocab) for k in picked]
+        cuts = [
+            self.objective.cut(self.windows.fixed(k, k + 1), np.random.default_rng((0, 2, k)), self.vocab)
+            for k in picked.tolist()
+        ]
         inputs, targets = (np.concatenate(arrays) for arrays in zip(*cuts, strict=True))
         total = int((targets != IGNORE).sum())
         return Batch(torch.from_numpy(inputs), torch.from_numpy(targets), total, index)

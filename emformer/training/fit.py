@@ -40,8 +40,8 @@ class Result:
 
     path: Path
     step: int
-    last: dict[str, float]
-    best: dict[str, float]
+    last: dict[str, float | int]
+    best: dict[str, float | int]
 
 
 def fit(
@@ -69,13 +69,17 @@ def fit(
     folder = Run(run if run is not None else _default_path())
     first = _process() == 0
     if first:
-        _claim(folder, settings, resume, overwrite)
+        _may_write(folder, settings, resume, overwrite)
+    # everything that can be refused is made before anything is written or removed
     blocks = read_text_visibly(settings.data)
     model, learner, text = assemble(settings, blocks)
     checkpoint, step = _resumed(folder, blocks) if resume else (None, 0)
     if checkpoint is not None and step >= settings.training.max_steps:
         return result(folder)
+    trainer = make_trainer(settings, folder, blocks, step, callbacks)
     if first:
+        if overwrite and folder.used:
+            shutil.rmtree(folder.path)
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         folder.write_settings(settings)
         save_tokenizer(blocks.tokenizer, folder.tokenizer)
@@ -85,8 +89,8 @@ def fit(
             tokenizer=fingerprint(blocks.tokenizer),
             parameters=sum(p.numel() for p in model.parameters()),
         )
+    trainer.loggers = [*trainer.loggers, *(logger.build(str(folder.path)) for logger in settings.loggers)]
     keep_freed_memory()
-    trainer = make_trainer(settings, folder, blocks, step, callbacks)
     try:
         trainer.fit(learner, datamodule=text, ckpt_path=checkpoint, weights_only=True)
     except torch.OutOfMemoryError as error:
@@ -117,7 +121,6 @@ def make_trainer(
     _silence()
     prompt = blocks.validation[: max(1, min(32, settings.model.context // 4))].astype(int).tolist()
     journal = JournalLogger(folder.metrics, step)
-    mirrors = [logger.build(str(folder.path)) for logger in settings.loggers]
     try:
         return pl.Trainer(
             accelerator=training.accelerator,
@@ -132,7 +135,7 @@ def make_trainer(
             val_check_interval=training.validate_every * training.accumulate,
             check_val_every_n_epoch=None,
             num_sanity_val_steps=0,
-            logger=[journal, *mirrors],
+            logger=journal,
             callbacks=[
                 *callbacks,
                 Metrics(max(1, min(50, training.max_steps // 100)), training.batch * settings.model.context),
@@ -146,7 +149,7 @@ def make_trainer(
             use_distributed_sampler=False,
             default_root_dir=folder.path,
         )
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(f"this machine cannot train as asked: {' '.join(str(error).split())}") from error
 
 
@@ -195,13 +198,22 @@ def _process() -> int:
 
 
 def _default_path() -> str:
-    """runs/<time>, the same in every process of the run."""
-    name = os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S")
-    return os.environ.setdefault("EMFORMER_RUN", str(Path("runs") / name))
+    """runs/<time> or runs/<job>; the processes that Lightning starts from this one find it in the environment."""
+    if _process() != 0:
+        if "EMFORMER_RUN" not in os.environ:
+            raise UserError("several processes need one run folder: name it with --run.")
+        return os.environ["EMFORMER_RUN"]
+    path = Path("runs") / (os.environ.get("SLURM_JOB_ID") or time.strftime("%Y%m%d-%H%M%S"))
+    count = 1
+    while path.exists() and "SLURM_JOB_ID" not in os.environ:  # a second run within the second
+        count += 1
+        path = path.with_name(f"{path.name.split('.')[0]}.{count}")
+    os.environ["EMFORMER_RUN"] = str(path)
+    return str(path)
 
 
-def _claim(folder: Run, settings: Settings, resume: bool, overwrite: bool) -> None:
-    """Make sure that this folder may be written to."""
+def _may_write(folder: Run, settings: Settings, resume: bool, overwrite: bool) -> None:
+    """Raise unless this folder may be written to. Nothing is touched."""
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: continue the run, or remove it and begin again.")
     if not folder.used:
@@ -209,14 +221,13 @@ def _claim(folder: Run, settings: Settings, resume: bool, overwrite: bool) -> No
             raise UserError(f"{folder.path} exists and is not a run; choose another --run folder.")
         return
     if overwrite:
-        shutil.rmtree(folder.path)
-    elif not resume:
+        return
+    if not resume:
         raise UserError(
             f"{folder.path} holds a run already; continue it with --resume, remove it with --overwrite, "
             "or choose another --run folder."
         )
-    else:
-        _same(folder, settings)
+    _same(folder, settings)
 
 
 def _same(folder: Run, settings: Settings) -> None:
@@ -250,10 +261,11 @@ def _resumed(folder: Run, blocks: Blocks) -> tuple[Path | None, int]:
     if not folder.last.exists():
         return None, 0
     content = read_checkpoint(folder.last)
-    if content["emformer"]["tokenizer"] != blocks.tokenizer.to_str():
+    same_tokens = content["emformer"]["tokenizer"] == blocks.tokenizer.to_str()
+    if not same_tokens or folder.corpus not in (None, blocks.meta["corpus"]):
+        what = "gives another tokenizer than" if not same_tokens else "is not"
         raise UserError(
-            f"the text no longer gives the tokenizer that {folder.path} was begun with: the corpus has changed; "
-            "restore it, or choose another --run folder."
+            f"the text {what} the one {folder.path} was begun with: it has changed; restore it, or choose another --run folder."
         )
     if "optimizer_states" not in content:
         raise UserError(f"{folder.last} holds weights only and cannot be resumed from.")

@@ -21,12 +21,12 @@ from emformer.training.data import Batch
 from emformer.training.objectives import IGNORE
 
 
-def nll(model: Emformer, batch: Batch) -> Tensor:
-    """Sum of -log p(target) over the positions that carry a loss, in nats, at least in float32."""
+def nll(model: Emformer, batch: Batch, reduction: str = "sum") -> Tensor:
+    """-log p(target) in nats, at least in float32: summed over the positions that carry a loss, or ("none") each."""
     logits = model(batch.inputs)
     logits = logits.flatten(0, 1)
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return functional.cross_entropy(wide, batch.targets.flatten(), ignore_index=IGNORE, reduction=reduction)
 
 
 class Learner(pl.LightningModule):

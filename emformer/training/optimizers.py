@@ -47,9 +47,11 @@ class AdamW(parts.Optimizer):
 class Muon(parts.Optimizer):
     """Muon for the matrices inside the blocks, Adam for everything else.
 
-    The momentum of each matrix is replaced by its nearest semi-orthogonal matrix, so a step moves every singular direction
-    by `rate`. The factors of M and F are orthogonalised head by head, which is cheaper than together (r x r Gram matrices)
-    and fits what they are: H separate operators. All matrices of one shape go through one batched product.
+    The momentum of each matrix is replaced by a matrix with the same singular vectors and singular values near 1, so a step
+    moves every singular direction by about `rate`: five iterations bring those of a Gaussian 32 x 128 matrix to 0.88 … 1.12,
+    three to 0.2 … 1.9, which learns no slower. The factors of M and F are orthogonalised head by head, which is cheaper than
+    together (r x r Gram matrices) and fits what they are: H separate operators. All matrices of one shape go through one
+    batched product.
 
     Args:
         rate: length of a step in every singular direction of a matrix.
