@@ -80,8 +80,9 @@ def fit(
     if first:
         if overwrite and folder.used:
             shutil.rmtree(folder.path)
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_settings(settings)
+        folder.checkpoints.mkdir(exist_ok=True)
         save_tokenizer(blocks.tokenizer, folder.tokenizer)
         folder.write_environment(
             seed=settings.training.seed,
@@ -217,7 +218,8 @@ def _may_write(folder: Run, settings: Settings, resume: bool, overwrite: bool) -
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other: continue the run, or remove it and begin again.")
     if not folder.used:
-        if folder.path.is_file() or (folder.path.is_dir() and any(folder.path.iterdir())):
+        # a hidden file is what a process that was killed while it began has left
+        if folder.path.is_file() or any(not path.name.startswith(".") for path in folder.path.glob("*")):
             raise UserError(f"{folder.path} exists and is not a run; choose another --run folder.")
         return
     if overwrite:
