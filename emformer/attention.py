@@ -55,10 +55,14 @@ class Memory:
 
 
 class Biases(nn.Module):
-    """b_Q (H, r) and, where it is not gauge, b_K (G, r): added to the factors before any position acts."""
+    """b_Q (H, r) and, where it is not gauge, b_K (G, r): added to the factors before any position acts.
+
+    `rates`: a bias learns at the rate of the factor that it stands beside.
+    """
 
     def __init__(self, form: Operator, key: bool):
         super().__init__()
+        self.rates = {"left": form.rates.get("left_factor", 1.0), "right": form.rates.get("right_factor", 1.0)}
         self.left = nn.Parameter(torch.zeros(form.heads, form.rank))
         self.right = nn.Parameter(torch.zeros(form.groups, form.rank)) if key else None
 

@@ -16,7 +16,8 @@ Point = Literal["attn", "ffn"]
 
 
 class Step(NamedTuple):
-    """One step of the flow: `after = place(before + eps * update)`, the update computed from `read = read(before)`.
+    """One step of the flow: `after = place(before + eps * update)` in eval mode (dropout thins the update on its way
+    into the stream), the update computed from `read = read(before)`.
 
     `point` "attn" leads from X^l to X^{l+1/2}, "ffn" on to X^{l+1}. `mixture` z (B, H, T, r) belongs to attention alone; the
     update of head h is `content.lift_heads(z)[:, h]`.

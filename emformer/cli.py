@@ -6,12 +6,13 @@ This module alone imports inside its functions: torch takes more than a second, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from emformer.configuration import load_parts, parse, settings_parser
+from emformer.configuration import foreign_modules, load_parts, parse, settings_parser
 from emformer.parts import UserError
 
 if TYPE_CHECKING:
@@ -78,21 +79,21 @@ def _fit(arguments: Sequence[str]) -> None:
         "emformer fit",
         "Train a model and write everything into a run folder. Settings come from YAML files, later ones on top of earlier "
         "ones, and from dotted options: emformer fit -c configs/default.yaml --model.depth 6 --training.seed 1. "
-        "--print_config shows what they amount to. A part is named by its class: --model.ffn SwiGLU, --model.ffn.help SwiGLU; "
+        "--print_config shows what they amount to; a later model.layers or list replaces an earlier one whole. "
+        "A part is named by its class: --model.ffn SwiGLU, --model.ffn.help SwiGLU; "
         "your own by its path: --model.form my_module.MyForm.",
+        also=("run", "resume", "overwrite"),
     )
-    parser.add_argument("--run", type=str, default=None, help="the run folder (default: runs/<date-time>)")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue the run in this folder, exactly as if it had not been stopped; begin it if there is none. "
-        "Only training.max_steps and loggers may change",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="remove the run in this folder and begin again")
-    settings, options = _settings(parser, arguments)
+    if {"-h", "--help"} & set(arguments):
+        _run_options(parser)  # shown with the others
+    else:
+        parser_of_call = _Parser("emformer fit", add_help=False, allow_abbrev=False)
+        _run_options(parser_of_call)
+        chosen, arguments = parser_of_call.parse_known_args(arguments)  # they are of the call, not of the settings
+    settings, _ = _settings(parser, arguments)
     from emformer.training import fit
 
-    done = fit(settings, options["run"], resume=options["resume"], overwrite=options["overwrite"])
+    done = fit(settings, chosen.run, resume=chosen.resume, overwrite=chosen.overwrite)
     unit = settings.training.objective.unit
     print(f"\nrun      {done.path}   ({done.step} steps)")
     for name, figures in (("last", done.last), ("best", done.best)):
@@ -103,6 +104,7 @@ def _fit(arguments: Sequence[str]) -> None:
             print(f"{line}  (step {figures['step']})")
     folder = shlex.quote(str(done.path))
     config = shlex.quote(str(done.path / "config.yaml"))
+    folder += "".join(f" --import {module}" for module in foreign_modules(settings))
     print(
         "\nnext\n"
         + (
@@ -111,15 +113,24 @@ def _fit(arguments: Sequence[str]) -> None:
             else f"  emformer info -c {config}\n"
         )
         + f"  emformer validate {folder} --which best\n"
-        f"  emformer fit -c {config} --run {folder} --resume --training.max_steps "
+        f"  emformer fit -c {config} --run {shlex.quote(str(done.path))} --resume --training.max_steps "
         f"{2 * settings.training.max_steps}"
     )
 
 
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", type=str, default=None, help="the run folder (default: runs/<date-time>)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in this folder, exactly as if it had not been stopped; begin it if there is none. "
+        "Only training.max_steps and loggers may change",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="remove the run in this folder and begin again")
+
+
 def _validate(arguments: Sequence[str]) -> None:
     parser = _parser("validate", "Loss of a trained model on the validation split of its own text, or on another text.")
-    parser.add_argument("run", help="a run folder or a checkpoint file")
-    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
     parser.add_argument("--text", help="a text file or glob to measure instead; all of it is read")
     parser.add_argument("--batch", type=_positive, default=32, help="windows at once (default: 32)")
     options = _options(parser, arguments)
@@ -132,20 +143,20 @@ def _validate(arguments: Sequence[str]) -> None:
 
 def _generate(arguments: Sequence[str]) -> None:
     parser = _parser("generate", "Continue a text with a trained model, token by token, with a cache.")
-    parser.add_argument("run", help="a run folder or a checkpoint file")
-    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
     parser.add_argument("--prompt", default="\n", help="text to continue (default: a line break)")
     parser.add_argument("--tokens", type=_positive, default=200, help="tokens to add (default: 200)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most probable token (default: 0.8)")
     parser.add_argument("--top-k", type=_positive, default=None, help="sample among the k most probable tokens")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample among the tokens that hold this mass (default: 0.95)")
-    parser.add_argument("--seed", type=int, default=None, help="for a repeatable text")
+    parser.add_argument("--seed", type=_seed, default=None, help="for a repeatable text")
     options = _options(parser, arguments)
     import torch
 
     from emformer.records import load
 
     loaded = load(options.run, options.which)
+    if not loaded.config.training.objective.covers_text:
+        raise UserError(f"{loaded.path} was trained to fill in masked tokens, not to continue a text.")
     prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=False).ids
     if not prompt:
         raise UserError("the prompt is empty; give --prompt at least one character.")
@@ -164,14 +175,12 @@ def _generate(arguments: Sequence[str]) -> None:
         if not text.endswith("\ufffd"):  # a character may need more than one token
             print(text[shown:], end="", flush=True)
             shown = len(text)
-    print()
+    print(loaded.tokenizer.decode(tokens)[shown:])
 
 
 def _info(arguments: Sequence[str]) -> None:
     if arguments and not arguments[0].startswith("-"):
         parser = _parser("info", "Operators, parameters, decode cache and FLOPs of a run (or of -c FILE).")
-        parser.add_argument("run", help="a run folder or a checkpoint file")
-        parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
         options = _options(parser, arguments)
         from emformer.records import load
 
@@ -184,13 +193,14 @@ def _info(arguments: Sequence[str]) -> None:
             "Operators, parameters, decode cache and FLOPs: emformer info RUN, or emformer info -c FILE with any overrides. "
             "Nothing is trained; the text is tokenised if its vocabulary is not known otherwise.",
         )
-        parser.add_argument("--vocab", type=int, default=None, help="size of the vocabulary, instead of reading the text")
+        parser.add_argument("--vocab", type=_positive, default=None, help="size of the vocabulary, instead of reading the text")
         settings, options = _settings(parser, arguments)
+        from emformer.text import vocabulary
         from emformer.training.fit import read_text_visibly
 
         vocab = options["vocab"]
         if vocab is None:
-            vocab = read_text_visibly(settings.data).tokenizer.get_vocab_size()
+            vocab = vocabulary(read_text_visibly(settings.data).tokenizer)
         vocab += settings.training.objective.extra_tokens
         print(f"vocabulary {vocab:,}\n")
     from emformer.inspection import costs, table
@@ -206,11 +216,21 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
-    return _Parser(f"emformer {command}", description=description, allow_abbrev=False)
+    """A parser for a command on a run."""
+    parser = _Parser(f"emformer {command}", description=description, allow_abbrev=False)
+    parser.add_argument("run", help="a run folder or a checkpoint file")
+    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts, if you trust it")
+    return parser
 
 
 def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(arguments)
+    for module in getattr(options, "modules", ()):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"--import {module}: {error}.") from error
     if unknown:
         import difflib
 
@@ -221,7 +241,14 @@ def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpa
     return options
 
 
-def _positive(text: str) -> int:
+def _seed(text: str | int) -> int:
+    value = int(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{value} is no seed: choose 0 up to 2**63 - 1")
+    return value
+
+
+def _positive(text: str | int) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")

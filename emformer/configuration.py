@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -24,11 +25,15 @@ from emformer.settings import Settings
 _HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "block", "text", "training")
 
 
-def settings_parser(prog: str, description: str) -> ArgumentParser:
-    """A parser of `-c FILE` (several; later ones win) and dotted overrides such as `--model.depth 6`."""
+def settings_parser(prog: str, description: str, also: Sequence[str] = ()) -> ArgumentParser:
+    """A parser of `-c FILE` (several; later ones win) and dotted overrides such as `--model.depth 6`.
+
+    `also` names options that the command takes by itself, so that a misspelt one finds its neighbour.
+    """
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of settings; may be given several times")
     parser.add_class_arguments(Settings, nested_key=None, as_group=False)
+    vars(parser)["also"] = set(also)
     return parser
 
 
@@ -90,12 +95,7 @@ def revive(plain: dict[str, Any]) -> Settings:
         UserError: for unknown classes, keys or types.
     """
     load_parts()
-    for path in _class_paths(plain):
-        module = path.rpartition(".")[0]
-        if module and module not in sys.modules:
-            raise UserError(
-                f"the settings name the part '{path}', which is not loaded; import its module '{module}' first if you trust it."
-            )
+    _check_trust(plain, Settings, "settings")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Settings, nested_key=None, as_group=False)
     try:
@@ -104,15 +104,52 @@ def revive(plain: dict[str, Any]) -> Settings:
         raise UserError(explain(error, parser)) from error
 
 
-def _class_paths(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        if "class_path" in value:
-            yield str(value["class_path"])
-        for item in value.values():
-            yield from _class_paths(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _class_paths(item)
+def _check_trust(value: Any, hint: Any, where: str) -> None:
+    """Raise unless every part in `value` is a dictionary that names a class of a module that is loaded.
+
+    The parser would import whatever module a *text* names where a part is expected, and read a file where settings are.
+    """
+    if get_origin(hint) in (Union, UnionType):
+        for one in get_args(hint):
+            _check_trust(value, one, where)
+        return
+    composite = isinstance(hint, type) and (issubclass(hint, parts.Part) or is_dataclass(hint) or is_typeddict(hint))
+    if isinstance(value, str) and (composite or get_origin(hint) in (list, dict, Sequence)):
+        raise UserError(f"{where}: expected settings, found the text '{value}'.")
+    if isinstance(value, list) and get_args(hint):
+        for index, item in enumerate(value):
+            _check_trust(item, get_args(hint)[0], f"{where}[{index}]")
+    elif isinstance(value, dict) and get_origin(hint) is dict:
+        for key, item in value.items():
+            _check_trust(item, get_args(hint)[1], f"{where}[{key}]")
+    elif isinstance(value, dict) and composite:
+        if issubclass(hint, parts.Part):
+            hint, value = _loaded_class(str(value.get("class_path")), where), value.get("init_args", {})
+        hints = get_type_hints(hint)
+        for key, item in value.items() if isinstance(value, dict) else ():
+            _check_trust(item, hints.get(key), f"{where}.{key}")
+
+
+def _loaded_class(path: str, where: str) -> type:
+    """The part of this name, if its module is loaded; nothing is imported."""
+    module, _, name = path.rpartition(".")
+    if not module:  # by class alone, as in the YAML files that people write
+        return next((part for part in _subclasses(parts.Part) if part.__name__ == name), parts.Part)
+    if module not in sys.modules:
+        raise UserError(
+            f"{where}: the part '{path}' is in a module that is not loaded; if you trust it, import '{module}' first "
+            f"(on the command line: --import {module})."
+        )
+    found = getattr(sys.modules[module], name, None)
+    if not (isinstance(found, type) and issubclass(found, parts.Part)):
+        raise UserError(f"{where}: '{path}' is no part.")
+    return found
+
+
+def foreign_modules(settings: Settings) -> list[str]:
+    """Modules outside emformer that parts of these settings come from."""
+    paths = set(re.findall(r"'class_path': '([\w.]+)'", str(parts.plain(settings))))
+    return sorted({path.rpartition(".")[0] for path in paths if not path.startswith("emformer.")})
 
 
 def explain(error: Exception, parser: ArgumentParser) -> str:
@@ -144,7 +181,7 @@ _UNKNOWN = (
 
 
 def _unknown(name: str, parser: ArgumentParser) -> str:
-    known = {action.dest for action in parser._actions} | set(_names(parts.Part))
+    known = {action.dest for action in parser._actions} | set(_names(parts.Part)) | vars(parser).get("also", set())
     if name in known:
         return f"'{name}' exists, but not as a part of the kind that stands there."
     name = name.removesuffix(".class_path").removesuffix(".init_args")
@@ -158,10 +195,15 @@ def _unknown(name: str, parser: ArgumentParser) -> str:
     return f"'{name}' is not a setting or part that exists; {hint}"
 
 
+def _subclasses(base: type) -> Iterator[type]:
+    for part in base.__subclasses__():
+        yield part
+        yield from _subclasses(part)
+
+
 def _names(base: type) -> Iterator[str]:
     """Names and fields of every part that is loaded."""
-    for part in base.__subclasses__():
+    for part in _subclasses(base):
         yield part.__name__
         if is_dataclass(part):
             yield from (field.name for field in fields(part))
-        yield from _names(part)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
+from itertools import chain
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from emformer.parts import UserError
 from emformer.records import Loaded
-from emformer.text import File, Windows
+from emformer.text import File, Windows, vocabulary
 from emformer.training.data import ValidationBatches, read_text
 from emformer.training.learner import nll
 from emformer.training.objectives import IGNORE
@@ -63,14 +65,14 @@ def evaluate(loaded: Loaded, text: str | None = None, batch: int = 32) -> Evalua
             )
         tokens, bytes_per_token = blocks.validation, blocks.bytes_per_token("validation")
     else:
-        import numpy as np
-
         documents = list(File(text).documents())
-        encoded = loaded.tokenizer.encode_batch(documents, add_special_tokens=False)
-        tokens = np.concatenate([np.asarray(one.ids, dtype=np.int64) for one in encoded])
-        bytes_per_token = sum(len(document.encode()) for document in documents) / len(tokens)
+        end = loaded.tokenizer.token_to_id("<|endoftext|>")
+        heads = [end] if len(documents) > 1 and end is not None else []  # as in training
+        pieces = [heads + loaded.tokenizer.encode(document, add_special_tokens=False).ids for document in documents]
+        tokens = np.fromiter(chain.from_iterable(pieces), dtype=np.int64)
+        bytes_per_token = sum(len(document.encode()) for document in documents) / max(1, len(tokens))
     windows = Windows(tokens, settings.model.context, 0)
-    vocab = loaded.tokenizer.get_vocab_size()
+    vocab = vocabulary(loaded.tokenizer)
     batches = ValidationBatches(windows, objective, vocab, batch, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)

@@ -135,5 +135,5 @@ def table(found: Costs, settings: Model) -> str:
 def _short(part: str) -> str:
     """A part's name with the arguments that fit."""
     part = part.replace(", groups=None", "").replace(", score_std=1.0", "").replace(", update_std=1.0", "")
-    part = part.replace("init='normal'", "")
+    part = part.replace("init='normal', ", "").replace("init='normal'", "")
     return part if len(part) <= 33 else part[:32] + "…"

@@ -1,4 +1,4 @@
-"""Masks: predicates on pairs of positions, combined with `&`."""
+"""Masks: predicates on pairs of positions; `All` is their conjunction."""
 
 from __future__ import annotations
 

@@ -230,7 +230,8 @@ def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:
 
 def _position(position: parts.Position, rank: int, maps: dict[Any, nn.Module]) -> Any:
     """The map of this setting; layers share the object unless it learns something, and with it the tables it makes."""
-    built = maps.get((position, rank)) or position.build(rank)
+    key = repr(position), rank
+    built = maps.get(key) or position.build(rank)
     if not any(True for _ in built.parameters()):
-        maps[position, rank] = built
+        maps[key] = built
     return built

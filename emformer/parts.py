@@ -63,7 +63,7 @@ class Position(Part):
 
 
 class Mask(Part):
-    """A predicate: may the query at position i see the key at position j? Composable with `&`.
+    """A predicate: may the query at position i see the key at position j? `All` composes several.
 
     `causal`: never sees j > i. `shape` names the two patterns that a fused kernel needs no table for: "full" (all),
     "triangle" (exactly j <= i), or "table" for every other.

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import warnings
@@ -32,6 +33,7 @@ from emformer.configuration import read_yaml, revive
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.settings import Settings
+from emformer.text import vocabulary
 
 FORMAT = 1
 
@@ -137,8 +139,18 @@ class Run:
 
     @property
     def used(self) -> bool:
-        """Whether a run has begun here."""
-        return self.config.exists()
+        """Whether a run has begun here: a config.yaml that maps model, data and training."""
+        try:
+            return {"model", "data", "training"} <= read_yaml(self.config).keys()
+        except UserError:
+            return False
+
+    def remove(self) -> None:
+        """Delete what a run writes, and nothing else that lies in the folder."""
+        for name in ("checkpoints", "tensorboard", "wandb", "figures"):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        for path in (self.environment, self.tokenizer, self.metrics, self.config):
+            path.unlink(missing_ok=True)
 
     def settings(self) -> Settings:
         """The settings in config.yaml."""
@@ -159,10 +171,10 @@ class Run:
     def write_settings(self, settings: Settings) -> None:
         write_atomically(self.config, yaml.safe_dump(parts.plain(settings), sort_keys=False, allow_unicode=True))
 
-    def write_environment(self, **facts: Any) -> None:
-        """Versions of what the numbers depend on, and `facts`."""
+    def write_environment(self, step: int, **facts: Any) -> None:
+        """Versions of what the numbers depend on, and `facts`; of a run continued at `step`, when and how under "resumed"."""
         packages = ("emformer", "torch", "pytorch-lightning", "tokenizers", "datasets", "numpy")
-        content = {
+        content: dict[str, Any] = {
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in packages},
             "machine": platform.machine(),
@@ -172,6 +184,10 @@ class Run:
             "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
             **facts,
         }
+        if step and self.environment.exists():
+            first = json.loads(self.environment.read_text(encoding="utf-8"))
+            again = {"step": step} | {key: value for key, value in content.items() if first.get(key) != value}
+            content = first | {"resumed": [*first.get("resumed", []), again]}
         write_atomically(self.environment, json.dumps(content, indent=2) + "\n")
 
 
@@ -235,10 +251,9 @@ def load(source: str | Path, which: str | int = "last") -> Loaded:
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path}: its tokenizer cannot be read; the file is damaged.") from error
     tokenizer.encode_special_tokens = True  # not kept in tokenizer.json
-    if tokenizer.get_vocab_size() + settings.training.objective.extra_tokens != own["vocab"]:
+    if vocabulary(tokenizer) + settings.training.objective.extra_tokens != own["vocab"]:
         raise UserError(
-            f"{path}: the model has {own['vocab']} tokens and its tokenizer {tokenizer.get_vocab_size()}; "
-            "they do not belong together."
+            f"{path}: the model has {own['vocab']} tokens and its tokenizer {vocabulary(tokenizer)}; they do not belong together."
         )
     weights = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
     with torch.random.fork_rng(devices=[]):  # the initial draw is overwritten, so it shall not move the caller's generator

@@ -14,7 +14,8 @@ from emformer.parts import UserError
 class Functional:
     """The affine key functional u: s_ij = y_i^T M y_j + u^T y_j with u_h = R_g b_h (math A.2).
 
-    Its parameter is b (H, r), the query bias b_Q of QKV attention. Where a constant added to a row of scores is not gauge
+    Its parameter is b (H, r), added to `left`: the query bias of QKV attention, over sqrt(r) where the form is low-rank.
+    Where a constant added to a row of scores is not gauge
     (RoPE, a normalised key, a kernel that is not invariant under it), the key bias b_K (G, r) is learned too.
     """
 

@@ -3,7 +3,7 @@
 from emformer.text.blocks import Blocks, Windows, prepare
 from emformer.text.corpora import File, Hub, PythonDocs
 from emformer.text.grammar import KINDS, TOPICS, EntropyRate, Grammar, Labelled, Language, token_labels
-from emformer.text.tokenizers import BPE, Bytes, Characters, Pretrained, fingerprint, load, save
+from emformer.text.tokenizers import BPE, Bytes, Characters, Pretrained, fingerprint, load, save, vocabulary
 
 __all__ = [
     "BPE",
@@ -26,4 +26,5 @@ __all__ = [
     "prepare",
     "save",
     "token_labels",
+    "vocabulary",
 ]

@@ -148,6 +148,11 @@ def save(tokenizer: hf.Tokenizer, path: str | Path) -> None:
         partial.unlink(missing_ok=True)
 
 
+def vocabulary(tokenizer: hf.Tokenizer) -> int:
+    """Ids that a model of this tokenizer needs: the largest plus one (given tokenizers may have gaps)."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def fingerprint(tokenizer: hf.Tokenizer) -> str:
     """Hex SHA-256 of the tokenizer's JSON: equal for equal vocabularies, merges and rules."""
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()

@@ -80,7 +80,7 @@ class Metrics(pl.Callback):
         _log(trainer, row)
 
     def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:
-        _log(trainer, {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")})
+        _log(trainer, learner.measured)
         self._since = (trainer.global_step, time.perf_counter())  # speed is that of training
 
 
@@ -117,6 +117,8 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:
         def note(number: int, frame: Any) -> None:
+            if number == self._signal == signal.SIGINT:  # asked twice: at once
+                raise KeyboardInterrupt
             self._signal = number
 
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -133,7 +135,7 @@ class Checkpoints(pl.Callback):
             self._keep(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:
-        loss = float(trainer.callback_metrics["val_loss"])
+        loss = learner.measured["val_loss"]
         if loss < self.best:
             self.best = loss
             self._save(trainer, self.run.best, weights_only=True)
@@ -199,10 +201,10 @@ class Progress(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, learner: Learner) -> None:
         if not trainer.is_global_zero:
             return
-        found = trainer.callback_metrics
-        line = f"step {trainer.global_step:>6}  validation {float(found['val_loss']):.4f} {self.training.objective.unit}"
+        found = learner.measured
+        line = f"step {trainer.global_step:>6}  validation {found['val_loss']:.4f} {self.training.objective.unit}"
         if "val_bits_per_byte" in found:
-            line += f"  {float(found['val_bits_per_byte']):.4f} bits/byte"
+            line += f"  {found['val_bits_per_byte']:.4f} bits/byte"
         tqdm.write(line, file=sys.stderr)
         if self.training.sample and self.training.objective.covers_text:
             tqdm.write(f"  {self.sample(learner)}\n", file=sys.stderr)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from emformer import parts
 from emformer.parts import UserError
 from emformer.settings import Data, Training
-from emformer.text import Blocks, File, Windows, prepare
+from emformer.text import Blocks, File, Windows, prepare, vocabulary
 from emformer.training.objectives import IGNORE
 
 ENDLESS = 10**12  # batches; training ends at max_steps, and a loader with a length is not prefetched by Lightning
@@ -28,6 +28,15 @@ class Batch(NamedTuple):
     index: int
 
 
+def check_division(training: Training, world: int) -> None:
+    """Raise unless the batch divides evenly over processes and micro-batches."""
+    if training.batch % (world * training.accumulate):
+        raise UserError(
+            f"training.batch is {training.batch} sequences, which {world} processes times {training.accumulate} micro-batches do "
+            "not divide; choose a multiple."
+        )
+
+
 class TrainingBatches(Dataset):
     """Micro-batch m of one process: rows of batch i = m // accumulate."""
 
@@ -35,11 +44,7 @@ class TrainingBatches(Dataset):
         self.windows, self.objective, self.vocab = windows, objective, vocab
         self.accumulate, self.size, self.seed = training.accumulate, training.batch, training.seed
         self.rank, self.world = rank, world
-        if self.size % (world * self.accumulate):
-            raise UserError(
-                f"training.batch is {self.size} sequences, which {world} processes times {self.accumulate} micro-batches do "
-                "not divide; choose a multiple."
-            )
+        check_division(training, world)
 
     def __len__(self) -> int:
         return ENDLESS
@@ -94,7 +99,7 @@ class Text(pl.LightningDataModule):
     def __init__(self, blocks: Blocks, context: int, training: Training, workers: int = 0):
         super().__init__()
         self.blocks, self.training, self.workers = blocks, training, workers
-        self.vocab = blocks.tokenizer.get_vocab_size()
+        self.vocab = vocabulary(blocks.tokenizer)
         self.train = Windows(blocks.train, context, training.seed)
         self.validation = Windows(blocks.validation, context, 0)
 
@@ -108,9 +113,12 @@ class Text(pl.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
         micro = max(1, self.training.batch // self.training.accumulate // world)
-        batches = ValidationBatches(
-            self.validation, self.training.objective, self.vocab, 2 * micro, self.training.validation_windows
-        )
+        limit = self.training.validation_windows
+        kept = len(self.validation) if limit is None else min(limit, len(self.validation))
+        if kept < world:
+            raise UserError(f"there are {kept} validation windows for {world} processes; give each at least one.")
+        size = min(2 * micro, kept // world)  # every process gets a batch
+        batches = ValidationBatches(self.validation, self.training.objective, self.vocab, size, limit)
         return self._loader(batches, range(rank, len(batches), world))
 
     def _loader(self, batches: Dataset, order: range) -> DataLoader:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -27,7 +26,7 @@ from emformer.settings import Data, Settings, Training
 from emformer.text import Blocks, fingerprint
 from emformer.text import save as save_tokenizer
 from emformer.training.callbacks import AtomicFiles, Checkpoints, Metrics, Progress
-from emformer.training.data import Text, read_text
+from emformer.training.data import Text, check_division, read_text
 from emformer.training.learner import Learner
 from emformer.training.loggers import JournalLogger
 
@@ -77,20 +76,23 @@ def fit(
     if checkpoint is not None and step >= settings.training.max_steps:
         return result(folder)
     trainer = make_trainer(settings, folder, blocks, step, callbacks)
+    trainer.loggers = [*trainer.loggers, *(logger.build(str(folder.path)) for logger in settings.loggers)]
     if first:
-        if overwrite and folder.used:
-            shutil.rmtree(folder.path)
+        if overwrite:
+            folder.remove()
         folder.path.mkdir(parents=True, exist_ok=True)
         folder.write_settings(settings)
         folder.checkpoints.mkdir(exist_ok=True)
+        for later in [kept for kept in folder.steps if kept > step]:  # of a course that is not taken again
+            folder.step(later).unlink()
         save_tokenizer(blocks.tokenizer, folder.tokenizer)
         folder.write_environment(
+            step,
             seed=settings.training.seed,
             corpus=blocks.meta["corpus"],
             tokenizer=fingerprint(blocks.tokenizer),
             parameters=sum(p.numel() for p in model.parameters()),
         )
-    trainer.loggers = [*trainer.loggers, *(logger.build(str(folder.path)) for logger in settings.loggers)]
     keep_freed_memory()
     try:
         trainer.fit(learner, datamodule=text, ckpt_path=checkpoint, weights_only=True)
@@ -123,7 +125,7 @@ def make_trainer(
     prompt = blocks.validation[: max(1, min(32, settings.model.context // 4))].astype(int).tolist()
     journal = JournalLogger(folder.metrics, step)
     try:
-        return pl.Trainer(
+        trainer = pl.Trainer(
             accelerator=training.accelerator,
             devices=training.devices,
             num_nodes=training.nodes,
@@ -152,6 +154,8 @@ def make_trainer(
         )
     except (MisconfigurationException, ValueError, RuntimeError) as error:
         raise UserError(f"this machine cannot train as asked: {' '.join(str(error).split())}") from error
+    check_division(training, trainer.world_size)
+    return trainer
 
 
 def _silence() -> None:
@@ -261,6 +265,13 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _resumed(folder: Run, blocks: Blocks) -> tuple[Path | None, int]:
     """The checkpoint to continue from and its step; (None, 0) if the run wrote none yet."""
     if not folder.last.exists():
+        rows = read_journal(folder.metrics) if folder.metrics.exists() else ()
+        reached = max((row.get("step") or 0 for row in rows), default=0)
+        if folder.used and reached > folder.settings().training.save_every:
+            raise UserError(
+                f"{folder.last} is missing although the run has reached step {reached}; restore it, or begin again with "
+                "--overwrite."
+            )
         return None, 0
     content = read_checkpoint(folder.last)
     same_tokens = content["emformer"]["tokenizer"] == blocks.tokenizer.to_str()

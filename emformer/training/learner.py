@@ -53,6 +53,7 @@ class Learner(pl.LightningModule):
         depth = settings.model.depth
         settings.training.objective.check([settings.model.layer(index).mask for index in range(depth)])
         self.loss_value, self.grad_norm = math.nan, math.nan
+        self.measured: dict[str, float] = {}
         self._step_loss: Tensor | float = 0.0
         self._sums = torch.zeros(2, dtype=torch.float64)
 
@@ -60,9 +61,9 @@ class Learner(pl.LightningModule):
         return self.model(tokens)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        if self.settings.model.dropout:  # dropout, too, is a function of (seed, micro-batch, process)
-            key = (self.settings.training.seed, 3, batch.index, self.global_rank)
-            torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+        # what is random in the model (dropout, in any layer or part) is a function of (seed, micro-batch, process)
+        key = (self.settings.training.seed, 3, batch.index, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         accumulate = self.settings.training.accumulate
@@ -104,7 +105,8 @@ class Learner(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         sums = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         loss = float(sums[0] / sums[1])
-        for name, value in self.figures(loss).items():
+        self.measured = self.figures(loss)
+        for name, value in self.measured.items():  # for callbacks that monitor; the journal takes them unrounded
             self.log(name, value, logger=False, rank_zero_only=True)
 
     def figures(self, loss: float) -> dict[str, float]:

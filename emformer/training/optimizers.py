@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from emformer import parts
+from emformer.attention import Biases
 from emformer.model import Emformer
 from emformer.operators import Operator
 
@@ -30,6 +31,9 @@ class AdamW(parts.Optimizer):
     beta1: float = 0.9
     beta2: float = 0.95
     weight_decay: float = 0.1
+
+    def __post_init__(self) -> None:
+        _check(self)
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
@@ -72,6 +76,7 @@ class Muon(parts.Optimizer):
     beta2: float = 0.95
 
     def __post_init__(self) -> None:
+        _check(self)
         if not 1 <= self.iterations <= len(_POLAR):
             raise parts.UserError(f"Muon: iterations is {self.iterations}; choose 1 to {len(_POLAR)}.")
 
@@ -98,13 +103,25 @@ class Muon(parts.Optimizer):
         )
 
 
+def _check(setting: AdamW | Muon) -> None:
+    """Rates and decays may not be negative, and what is a mean over the past is a share in [0, 1)."""
+    name = type(setting).__name__
+    for field, value in vars(setting).items():
+        if field in ("momentum", "beta1", "beta2") and not 0 <= value < 1:
+            raise parts.UserError(f"{name}: {field} is {value}; choose a share in [0, 1).")
+        if field in ("rate", "adam_rate", "weight_decay") and not 0 <= value < float("inf"):
+            raise parts.UserError(f"{name}: {field} is {value}; choose a number from 0 up.")
+
+
 def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
     """Each trainable parameter once, with its rate multiplier and whether it is a matrix inside a block."""
     rates: dict[int, float] = {}
     matrices: set[int] = set()
     vectors: set[int] = set()  # embeddings are rows of vectors, not maps, also when they unembed
     for module in model.modules():
-        if isinstance(module, Operator):
+        if isinstance(module, Biases):
+            rates |= {id(p): module.rates[name] for name, p in module.named_parameters()}
+        elif isinstance(module, Operator):
             rates |= {id(p): module.rates.get(name, 1.0) for name, p in module.named_parameters()}
             matrices |= {id(p) for p in module.parameters() if p.ndim >= 2}
         elif isinstance(module, nn.Linear):

@@ -77,7 +77,7 @@ def test_the_options_of_fit_are_what_they_are(monkeypatch: pytest.MonkeyPatch):
     seen = []
     monkeypatch.setattr(cli, "_settings", lambda parser, arguments: seen.append(parser) or sys.exit(0))
     with pytest.raises(SystemExit):
-        cli.main(["fit"])
+        cli.main(["fit", "--help"])
     found = {action.dest for action in seen[0]._actions}
     found = {name for name in found if not name.endswith(".help")}  # help of a part's classes
     assert found == set(OPTIONS.split()), found ^ set(OPTIONS.split())

@@ -374,7 +374,7 @@ def test_generating_with_a_masked_model(emformer, small: list[str], tmp_path: Pa
     made = emformer(*words, "--model.mask", "Full", "--training.objective", "MaskedToken")
     assert made.code == 0 and "emformer generate" not in made.out
     found = emformer("generate", tmp_path / "run")
-    found._replace(out="").refused("not causal")
+    found._replace(out="").refused("masked tokens")
 
 
 # ------------------------------------------------------------------------------------------------- in a process of its own
@@ -402,3 +402,58 @@ def test_a_real_process_refuses_a_pickle(tmp_path: Path):
     done = real("generate", path)
     assert (done.returncode, done.stdout) == (2, "") and not (tmp_path / "harmed").exists()
     assert re.fullmatch(r"emformer: .*bad\.ckpt.*\n", done.stderr)
+
+
+# ------------------------------------------------------------------------------------------------- data that is not trusted
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        {"form": "strange_module.Part"},
+        {"form": "{class_path: strange_module.Part}"},
+        {"form": {"class_path": "strange_module.Part"}},
+        {"positions": "strange_module.Part"},
+        {"positions": ["strange_module.Part"]},
+        {"layers": {0: {"form": "strange_module.Part"}}},
+        {"mask": {"class_path": "emformer.masks.All", "init_args": {"masks": ["strange_module.Part"]}}},
+        {"form": {"class_path": "os.system"}},
+    ],
+    ids=repr,
+)
+def test_settings_of_a_checkpoint_import_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: dict):
+    from emformer.configuration import revive
+    from emformer.parts import UserError, plain
+    from emformer.records import read_settings
+
+    (tmp_path / "strange_module.py").write_text(f"open({str(tmp_path / 'was_here')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    data = plain(read_settings(SMOKE))
+    data["model"] |= place
+    with pytest.raises(UserError):
+        revive(data)
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_overwriting_a_folder_that_is_no_run_touches_nothing(fit, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("name: another tool\n")
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    fit("--overwrite").refused("is not a run")
+
+
+def test_a_part_in_a_file_of_its_own(emformer, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """One new file, named by class path in YAML; the commands on the run ask before they import it."""
+    (tmp_path / "my_norm.py").write_text(
+        "from dataclasses import dataclass\nfrom torch import nn\nfrom emformer import parts\n\n\n"
+        "@dataclass(frozen=True)\nclass Half(parts.Norm):\n    eps: float = 1e-5\n\n"
+        "    def build(self, dim: int) -> nn.Module:\n        return nn.LayerNorm(dim, self.eps)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    run = tmp_path / "run"
+    config = changed(tmp_path, model={"norm": {"class_path": "my_norm.Half"}})
+    done = emformer("fit", "-c", config, *small, "--run", run)
+    assert done.code == 0 and "--import my_norm" in done.out
+    sys.modules.pop("my_norm")
+    emformer("validate", run).refused("--import my_norm")
+    assert emformer("validate", run, "--import", "my_norm").code == 0

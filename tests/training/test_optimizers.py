@@ -10,6 +10,7 @@ import torch
 from builders import model
 from torch import Tensor, nn
 
+from emformer.attention import Biases
 from emformer.ffn import ReLU2
 from emformer.norms import LayerNorm
 from emformer.operators import Dense, LowRank, Operator
@@ -161,7 +162,7 @@ def rates(net: nn.Module) -> dict[str, float]:
     """The multiplier of every parameter: what its operator says, and one for all others."""
     found = {name: 1.0 for name, _ in net.named_parameters()}
     for prefix, module in net.named_modules():
-        if isinstance(module, Operator):
+        if isinstance(module, Operator | Biases):
             found |= {f"{prefix}.{name}": module.rates.get(name, 1.0) for name, _ in module.named_parameters()}
     return found
 
