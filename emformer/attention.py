@@ -158,14 +158,15 @@ class Attention(nn.Module):
 
     def _gradients(self, y: Cloud, i: Index, memory: Memory | None) -> HeadClouds:
         """The relevance gradients M_h^T y + u_h (B, H, T, d)."""
-        if memory is None or len(self.positions) or self.form.heads * self.form.dim**2 > SMALL:
-            u = self._queries(y)
-            return self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
-        if memory.folded is None:
+        if memory is not None and memory.folded is not None:
+            gradients = functional.linear(y, *memory.folded)
+            return gradients.view(*y.shape[:-1], -1, y.shape[-1]).transpose(1, 2)
+        if memory is not None and not len(self.positions) and self.form.heads * self.form.dim**2 <= SMALL:
             u = self.functional()
             memory.folded = self.form.matrix().mT.flatten(0, 1), None if u is None else u.flatten()
-        u = functional.linear(y, *memory.folded)
-        return u.view(*y.shape[:-1], self.form.heads, -1).transpose(1, 2)
+            return self._gradients(y, i, memory)
+        u = self._queries(y)
+        return self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
 
     def _queries(self, y: Cloud) -> Queries:
         u = self.form.left(y)

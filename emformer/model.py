@@ -198,10 +198,10 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
     index = None
     logits = logits.float()
     if top_k is not None and top_k < logits.shape[-1]:
-        logits, index = logits.topk(top_k)
+        logits, index = logits.topk(top_k, sorted=top_p is not None)
     elif top_p is not None and top_p < 1:
         logits, index = logits.sort(-1, descending=True)
-    probability = functional.softmax(logits / temperature, -1)
+    probability = functional.softmax(logits if temperature == 1 else logits / temperature, -1)
     if index is not None and top_p is not None and top_p < 1:
         # columns are in descending order: keep those before which less than top_p lies
         before = probability.cumsum(-1) - probability
