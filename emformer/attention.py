@@ -15,17 +15,17 @@ from emformer.operators import Operator
 from emformer.parts import UserError
 from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
-from emformer.types import Cloud, HeadClouds, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
+from emformer.types import Cloud, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
 
-# Up to here (1 MiB in float32) one product with all M_h multiplied out takes less time than starting the several products with
-# their factors; beyond, decoding is bound by the weights that it reads.
+# Up to here (1 MiB in float32) one product with all M_h, or F_h, multiplied out takes less time than starting the several
+# products with their factors; beyond, decoding is bound by the weights that it reads.
 SMALL = 2**18
 
 
 class Memory:
     """What one layer remembers of the tokens it has seen: tensors (..., S, width) that grow along S.
 
-    `folded` may hold M multiplied out and u, for as long as the memory lives: weights do not change while they decode.
+    `folded` may hold M, u and F multiplied out, for as long as the memory lives: weights do not change while they decode.
 
     Args:
         capacity: tokens to make room for. Appending beyond it raises ValueError.
@@ -33,7 +33,7 @@ class Memory:
 
     def __init__(self, capacity: int):
         self.capacity, self.length = capacity, 0
-        self.folded: tuple[Tensor, Tensor | None] | None = None
+        self.folded: tuple[Tensor, Tensor | None, Tensor] | None = None
         self._rows: list[Tensor] = []
 
     def append(self, *new: Tensor) -> list[Tensor]:
@@ -100,7 +100,16 @@ class Attention(nn.Module):
         self.absorbable = form.identity_right or not (on_keys or key_bias or kernel.reads_factors)
         projected = form.groups * form.rank + content.groups * content.rank
         self.absorbs = self.absorbable and form.dim < projected
+        plain = not (positions or form.identity_right or kernel.reads_factors)
+        self.folds = self.absorbs and plain and form.heads * form.dim**2 <= SMALL
         self.cache_numbers = form.dim if self.absorbs else projected
+
+    def update(self, y: Cloud, i: Index, memory: Memory | None = None) -> tuple[Mixture | None, Cloud]:
+        """Mixture z and update D. Decoding a small model does without the mixture: z is None."""
+        if memory is not None and memory.length and self.folds:
+            return None, self._folded(y, i, memory)
+        z = self(y, i, memory)
+        return z, self.lift(z)
 
     def forward(self, y: Cloud, i: Index, memory: Memory | None = None) -> Mixture:
         """The mixtures z (B, H, T, r_F) for the read cloud y at positions i; `lift` turns them into the update.
@@ -131,7 +140,8 @@ class Attention(nn.Module):
         if self.form.identity_right:
             u, v = self._place(self._queries(y), self._keys(cloud), i, torch.arange(keys.shape[-2], device=i.device))
         else:
-            u, v = self._gradients(y, i, memory), keys
+            u, v = self._queries(y), keys
+            u = self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
         return self.content.project(self.kernel(u, v, keys, self._visible(i, keys.shape[-2])))
 
     def lift(self, z: Mixture) -> Cloud:
@@ -156,17 +166,17 @@ class Attention(nn.Module):
         """(M, F), each (H, d, d)."""
         return self.form.matrix(), self.content.matrix()
 
-    def _gradients(self, y: Cloud, i: Index, memory: Memory | None) -> HeadClouds:
-        """The relevance gradients M_h^T y + u_h (B, H, T, d)."""
-        if memory is not None and memory.folded is not None:
-            gradients = functional.linear(y, *memory.folded)
-            return gradients.view(*y.shape[:-1], -1, y.shape[-1]).transpose(1, 2)
-        if memory is not None and not len(self.positions) and self.form.heads * self.form.dim**2 <= SMALL:
+    def _folded(self, y: Cloud, i: Index, memory: Memory) -> Cloud:
+        """The update of the absorbed path with M_h and F_h multiplied out: one product before the kernel, one after it."""
+        if memory.folded is None:
             u = self.functional()
-            memory.folded = self.form.matrix().mT.flatten(0, 1), None if u is None else u.flatten()
-            return self._gradients(y, i, memory)
-        u = self._queries(y)
-        return self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
+            forms, contents = self.matrices()
+            memory.folded = forms.mT.flatten(0, 1), None if u is None else u.flatten(), contents.transpose(0, 1).flatten(1)
+        form, u, content = memory.folded
+        keys = memory.append(y)[0].unsqueeze(1)
+        gradients = functional.linear(y, form, u).view(*y.shape[:-1], -1, y.shape[-1]).transpose(1, 2)
+        mean = self.kernel(gradients, keys, keys, self._visible(i, keys.shape[-2]))
+        return functional.linear(mean.transpose(1, 2).flatten(2), content, self.drift)
 
     def _queries(self, y: Cloud) -> Queries:
         u = self.form.left(y)

@@ -19,8 +19,8 @@ class Step(NamedTuple):
     """One step of the flow: `after = place(before + eps * update)` in eval mode (dropout thins the update on its way
     into the stream), the update computed from `read = read(before)`.
 
-    `point` "attn" leads from X^l to X^{l+1/2}, "ffn" on to X^{l+1}. `mixture` z (B, H, T, r) belongs to attention alone; the
-    update of head h is `content.lift_heads(z)[:, h]`.
+    `point` "attn" leads from X^l to X^{l+1/2}, "ffn" on to X^{l+1}. `mixture` z (B, H, T, r) belongs to attention alone, and is
+    None where a small model decodes with a memory; the update of head h is `content.lift_heads(z)[:, h]`.
     """
 
     layer: int
@@ -82,8 +82,7 @@ class Block(nn.Module):
     def flow(self, x: Cloud, i: Index, memory: Memory | None, layer: int) -> Iterator[Step]:
         """The block's steps from the state x at positions i."""
         y = x if self.read_attn is None else self.read_attn(x)
-        z = self.attention(y, i, memory)
-        update = self.attention.lift(z)
+        z, update = self.attention.update(y, i, memory)
         after = self._add(x, update)
         if self.place_attn is not None:
             after = self.place_attn(after)

@@ -5,7 +5,7 @@ use what an earlier one made. What is shrunken, and nothing else is:
 
 * `make TARGET` is shown by `make -n` in the repository; the `emformer` lines that it would run are then run as below;
 * `emformer fit` gets two steps, two rows a batch and a few validation windows (`SHORT`), after its own options;
-* `python train/…` gets the options in `SCRIPTS`, after its own;
+* `python train/…` gets the options in `SCRIPTS`, after its own; FILE is a small text;
 * every other `emformer` command and every Python block is run as it stands.
 
 Other commands, and fences of another language, fail: whoever writes one says here what becomes of it.
@@ -133,6 +133,7 @@ def run_shell(command: str, folder: Path) -> None:
 def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for name in ("configs", "train"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "FILE").write_text("a text of one's own, said again and again and again\n" * 400)
     monkeypatch.chdir(tmp_path)
     ran = 0
     for block in blocks():
