@@ -16,54 +16,27 @@ import sys
 import time
 from pathlib import Path
 
+import small  # beside this script
 import torch
 
-from emformer.block import PreNorm
-from emformer.ffn import ReLU2
-from emformer.kernels import Softmax
-from emformer.masks import Causal
-from emformer.norms import RMSNorm
-from emformer.operators import LowRank
-from emformer.positions import RoPE
 from emformer.records import Run, read_journal
-from emformer.settings import Data, Model, Settings, Training
-from emformer.text import Bytes, File
-from emformer.training import Muon, NextToken, fit
+from emformer.settings import Settings
+from emformer.training import fit
 
 STEPS = 240
 
 
-def settings(folder: Path, workers: int) -> Settings:
+def plan(folder: Path, workers: int) -> Settings:
     """A small model with dropout in one layer, accumulation, and every cadence out of step with the others."""
-    operator = LowRank(rank=8, update_std=0.5)
-    return Settings(
-        model=Model(
-            dim=32,
-            depth=2,
-            heads=2,
-            context=32,
-            form=operator,
-            content=operator,
-            kernel=Softmax(),
-            mask=Causal(),
-            placement=PreNorm(),
-            positions=[RoPE()],
-            norm=RMSNorm(),
-            ffn=ReLU2(update_std=0.5),
-            layers={1: {"dropout": 0.2}},
-        ),
-        data=Data(corpus=File(str(folder / "text.txt")), tokenizer=Bytes(), cache=str(folder / "cache"), workers=workers),
-        training=Training(
-            objective=NextToken(),
-            optimizer=Muon(),
-            max_steps=STEPS,
-            batch=8,
-            accumulate=2,
-            validate_every=15,
-            save_every=7,
-            sample=5,
-            accelerator="cpu",
-        ),
+    return small.settings(
+        folder,
+        model={"dim": 32, "depth": 2, "context": 32, "layers": {1: {"dropout": 0.2}}},
+        data={"workers": workers},
+        max_steps=STEPS,
+        accumulate=2,
+        validate_every=15,
+        validation_windows=None,
+        sample=5,
     )
 
 
@@ -87,17 +60,6 @@ def child(settings: Settings, run: Path, kill_after: float | None) -> int:
     return os.waitpid(pid, 0)[1]
 
 
-def same(a, b) -> bool:
-    """Equal bit for bit, through dictionaries and lists."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 def rows(run: Run) -> list[dict]:
     """The records, but for the speed, which is the machine's."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_journal(run.metrics)]
@@ -105,9 +67,8 @@ def rows(run: Run) -> list[dict]:
 
 def main() -> None:
     folder, workers, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    words = random.Random(0).choices(["alpha", "beta", "gamma", "delta", "to", "of", "and"], k=4000)
-    (folder / "text.txt").write_text(" ".join(words))
-    config = settings(folder, workers)
+    small.text(folder / "text.txt", "alpha beta gamma delta to of and", 4000)
+    config = plan(folder, workers)
 
     begin = time.perf_counter()
     assert child(config, folder / "whole", None) == 0
@@ -128,8 +89,8 @@ def main() -> None:
         json.dumps(
             {
                 "struck": struck,
-                "weights": same(a["state_dict"], b["state_dict"]),
-                "optimizer": same(a["optimizer_states"], b["optimizer_states"]),
+                "weights": small.same(a["state_dict"], b["state_dict"]),
+                "optimizer": small.same(a["optimizer_states"], b["optimizer_states"]),
                 "records": rows(whole) == rows(killed),
                 "steps": whole.steps == killed.steps,
                 "count": len(rows(whole)),
