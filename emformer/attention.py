@@ -10,12 +10,13 @@ from torch.nn import functional
 
 from emformer import parts
 from emformer.kernels import Kernel
+from emformer.kernels.base import mix
 from emformer.masks import Visible, visible
 from emformer.operators import Operator
 from emformer.parts import UserError
 from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
-from emformer.types import Cloud, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
+from emformer.types import Cloud, Contents, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
 
 # Up to here (1 MiB in float32) one product with all M_h, or F_h, multiplied out takes less time than starting the several
 # products with their factors; beyond, decoding is bound by the weights that it reads.
@@ -70,6 +71,9 @@ class Biases(nn.Module):
 class Attention(nn.Module):
     """D_i = sum_h F_h m_i^h + g,  m_i^h = sum_j a_ij^h y_j,  a = kernel(y^T M_h y) under the mask.
 
+    A kernel with a sink adds (1 - sum_j a_ij^h) y_0^h to the mean m_i^h. Which biases there are depends on what the kernel would
+    not notice (math A.2): b_K only where a constant on a row of scores counts, b_V only where rows do not sum to one.
+
     Two paths compute the same mixture z = R_F^T m (math A.5, A.7). *Projected*: queries, keys and contents are the factors'
     images, r wide. *Absorbed*: the relevance gradients R_M left(y) meet the cloud itself, K = V = Y, shared by all heads;
     the content is projected after mixing. Training takes the projected path, which never costs more; decoding takes the
@@ -91,17 +95,28 @@ class Attention(nn.Module):
         super().__init__()
         if form.heads != content.heads:
             raise UserError(f"attention: the form has {form.heads} heads and the content {content.heads}.")
+        name = type(kernel).__name__.removesuffix("Kernel")
+        if mask.causal and not kernel.rowwise:
+            raise UserError(
+                f"the kernel {name} with the causal mask {type(mask).__name__}: weights that sum to one over queries as well as "
+                "over keys can only be the identity there; use the mask Full, with the objective MaskedToken."
+            )
         self.form, self.content, self.kernel, self.mask = form, content, kernel, mask
         self.positions = nn.ModuleList(positions)
         on_keys = any(position.acts_on_keys for position in positions)
+        if functional is not None and kernel.column_invariant and not on_keys:
+            raise UserError(f"the kernel {name} does not notice a functional of the key: leave out model.functional.")
         key_bias = functional is not None and (on_keys or not kernel.row_invariant)
         self.biases = None if functional is None else Biases(form, key_bias)
         self.drift = None if drift is None else nn.Parameter(torch.zeros(form.dim))
+        value_bias = drift is not None and not kernel.normalised
+        self.value_bias = nn.Parameter(torch.zeros(content.groups, content.rank)) if value_bias else None
+        self.whole = self.value_bias is None and kernel.value is None  # the mixture is the kernel's, and nothing else
         self.absorbable = form.identity_right or not (on_keys or key_bias or kernel.reads_factors)
         projected = form.groups * form.rank + content.groups * content.rank
         self.absorbs = self.absorbable and form.dim < projected
-        plain = not (positions or form.identity_right or kernel.reads_factors)
-        self.folds = self.absorbs and plain and form.heads * form.dim**2 <= SMALL
+        plain = not (positions or kernel.reads_factors)
+        self.folds = self.absorbs and plain and self.whole and form.heads * form.dim**2 <= SMALL
         self.cache_numbers = form.dim if self.absorbs else projected
 
     def update(self, y: Cloud, i: Index, memory: Memory | None = None) -> tuple[Mixture | None, Cloud]:
@@ -129,7 +144,8 @@ class Attention(nn.Module):
         c = self.content.right(y)
         if memory is not None:
             v, c = memory.append(v, c)
-        return self.kernel(u, v, c, self._visible(i, v.shape[-2]))
+        z, mass = self._mix(u, v, c, self._visible(i, v.shape[-2]))
+        return self._whole(z, mass)
 
     def absorbed(self, y: Cloud, i: Index, memory: Memory | None = None) -> Mixture:
         """The cloud itself as key and content of every head, d numbers a token when remembered."""
@@ -142,7 +158,29 @@ class Attention(nn.Module):
         else:
             u, v = self._queries(y), keys
             u = self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
-        return self.content.project(self.kernel(u, v, keys, self._visible(i, keys.shape[-2])))
+        mean, mass = self._mix(u, v, keys, self._visible(i, keys.shape[-2]))
+        return self._whole(self.content.project(mean), mass)
+
+    def _mix(self, u: Queries, v: Keys, c: Contents, seen: Visible) -> tuple[Mixture, Tensor | None]:
+        """The kernel's mixture, and the mass sum_j a_ij (B, H, T, 1) where anything depends on it: of a content that is 1."""
+        if self.whole:
+            return self.kernel(u, v, c, seen), None
+        z = self.kernel(u, v, nn.functional.pad(c, (0, 1), value=1.0), seen)
+        return z[..., :-1], z[..., -1:]
+
+    def _whole(self, z: Mixture, mass: Tensor | None) -> Mixture:
+        """With the value bias, and with what the sink gives."""
+        if mass is None:
+            return z
+        if self.value_bias is not None:
+            z = z + mass * self.value_bias.repeat_interleave(self.content.heads // self.content.groups, 0).unsqueeze(1)
+        if self.kernel.value is not None:
+            z = z + (1 - mass) * self.content.project(self.kernel.value[None, :, None].to(z.dtype))
+        return z
+
+    def mix(self, a: Weights, y: Cloud) -> Mixture:
+        """The mixture z of the pattern a (B, H, T, T) on the read cloud y: what the flow computed, if a are its `weights`."""
+        return self._whole(mix(a, self.content.right(y)), None if self.whole else a.sum(-1, keepdim=True))
 
     def lift(self, z: Mixture) -> Cloud:
         """The update D = sum_h L_h z_h + g."""

@@ -179,8 +179,13 @@ def _generate(arguments: Sequence[str]) -> None:
 
 
 def _info(arguments: Sequence[str]) -> None:
+    loaded = None
     if arguments and not arguments[0].startswith("-"):
-        parser = _parser("info", "Operators, parameters, decode cache and FLOPs of a run (or of -c FILE).")
+        parser = _parser(
+            "info",
+            "Operators, parameters, decode cache and FLOPs of a run (or of -c FILE), and what its operators have become: "
+            "symmetry, attraction, compatibility and rank of M and F in every head.",
+        )
         options = _options(parser, arguments)
         from emformer.records import load
 
@@ -206,6 +211,11 @@ def _info(arguments: Sequence[str]) -> None:
     from emformer.inspection import costs, table
 
     print(table(costs(vocab, settings.model), settings.model))
+    if loaded is not None:
+        from emformer import diagnostics
+
+        print("\nwhat training made of the operators, head by head\n")
+        print(diagnostics.table(diagnostics.diagnose(loaded.model)))
 
 
 class _Parser(argparse.ArgumentParser):

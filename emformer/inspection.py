@@ -16,7 +16,8 @@ FLASH_WIDTH = 256  # widest head that the flash kernels of GPUs take
 class LayerCost:
     """One layer. Multiply-adds are per token at the full context, forward only; FLOPs are twice as many.
 
-    `cache` counts the numbers that decoding keeps per token; `visible` is the mean number of keys a query sees.
+    `cache` counts the numbers that decoding keeps per token; `visible` is the mean number of keys a query sees. `setup` is
+    multiply-adds once a pass, to make M and F from what they are parameterised by.
     """
 
     form: str
@@ -25,6 +26,7 @@ class LayerCost:
     parameters: int
     cache: int
     projections: int
+    setup: int
     attention: int
     ffn: int
     visible: float
@@ -56,6 +58,11 @@ class Costs:
         """FLOPs of forward and backward pass, per token: three forward passes."""
         return 3 * self.forward_flops
 
+    @property
+    def setup_flops(self) -> int:
+        """FLOPs once a forward pass, however many tokens: constrained operators made from their parameters."""
+        return 2 * sum(layer.setup for layer in self.layers)
+
 
 def costs(vocab: int, settings: Model) -> Costs:
     """Count what a model of these settings would hold and compute. Built without memory, on the meta device."""
@@ -68,11 +75,8 @@ def costs(vocab: int, settings: Model) -> Costs:
         i = torch.arange(settings.context)
         visible = float(own.mask.visible(i[:, None], i[None, :]).sum()) / settings.context
         form, content = attention.form, attention.content
-        # a right factor that is the identity costs nothing, and the left one is a product with r rows a head
-        projections = sum(
-            settings.dim * operator.rank * (operator.heads + (0 if operator.identity_right else operator.groups))
-            for operator in (form, content)
-        )
+        extra = 0 if attention.whole else 1  # the mass of the weights goes through the kernel as one more content
+        kernel = attention.kernel.macs(settings.context, visible, form.rank, content.rank + extra)
         width = max(form.rank, content.rank)
         ffn = 0 if block.ffn is None else sum(p.numel() for p in block.ffn.parameters() if p.ndim == 2)
         layers.append(
@@ -82,8 +86,9 @@ def costs(vocab: int, settings: Model) -> Costs:
                 path="absorbed" if attention.absorbs else "projected",
                 parameters=sum(p.numel() for p in block.parameters()),
                 cache=attention.cache_numbers,
-                projections=projections,
-                attention=round(settings.heads * visible * (form.rank + content.rank)),
+                projections=form.macs + content.macs,
+                setup=form.setup_macs + content.setup_macs,
+                attention=settings.heads * kernel,
                 ffn=ffn,
                 visible=visible,
                 width=width,
@@ -120,6 +125,7 @@ def table(found: Costs, settings: Model) -> str:
         f"FLOPs a token   {found.forward_flops:,} forward, {found.training_flops:,} in training, at context {settings.context}",
         f"  projections   {2 * sum(layer.projections for layer in total):,}",
         f"  attention     {2 * sum(layer.attention for layer in total):,}  ({total[0].visible:.1f} keys seen by the mean query)",
+        *([f"  set-up        {found.setup_flops:,} once a pass, to make the operators"] if found.setup_flops else []),
         f"  FFN           {2 * sum(layer.ffn for layer in total):,}",
         f"  unembedding   {2 * found.unembedding:,}",
     ]
@@ -134,6 +140,6 @@ def table(found: Costs, settings: Model) -> str:
 
 def _short(part: str) -> str:
     """A part's name with the arguments that fit."""
-    part = part.replace(", groups=None", "").replace(", score_std=1.0", "").replace(", update_std=1.0", "")
-    part = part.replace("init='normal', ", "").replace("init='normal'", "")
+    for default in ("groups=None", "balanced=False", "score_std=1.0", "update_std=1.0", "init='normal'"):
+        part = part.replace(f"{default}, ", "").replace(f", {default}", "").replace(default, "")
     return part if len(part) <= 33 else part[:32] + "…"

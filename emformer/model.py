@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from emformer import parts
 from emformer.attention import Attention, Memory
-from emformer.block import Block, Step
+from emformer.block import Block, SequentialBlock, Step
 from emformer.parts import UserError
 from emformer.settings import Model
 from emformer.types import Cloud, Index, Logits, Tokens
@@ -44,6 +44,7 @@ class Emformer(nn.Module):
         learned = settings.embedding.positions
         self.positions = None if learned is None else nn.Parameter(learned.std * torch.randn(settings.context, settings.dim))
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
+        self.enter = settings.layer(0).placement.enter(settings.dim)
         maps: dict[Any, nn.Module] = {}
         self.blocks = nn.ModuleList(_block(settings.layer(k), maps) for k in range(1 if settings.shared else settings.depth))
         closing = settings.layer(settings.depth - 1)
@@ -63,10 +64,11 @@ class Emformer(nn.Module):
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + functional.embedding(i, self.positions)
-        return self.dropout(x)
+        x = self.dropout(x)
+        return x if self.enter is None else self.enter(x)
 
     def flow(self, tokens: Tokens, memory: list[Memory] | None = None) -> Iterator[Step]:
-        """The steps X^0 -> X^{1/2} -> X^1 -> … -> X^L, one at a time.
+        """The steps X^0 -> X^{1/2} -> X^1 -> … -> X^L, one at a time; in parallel blocks X^0 -> X^1 -> ….
 
         `step.before` of the first is X^0, `step.after` of the last X^L. Updates per head: `head_updates(step)`. With a
         memory, `tokens` continue those remembered.
@@ -84,10 +86,9 @@ class Emformer(nn.Module):
                 yield step
 
     def head_updates(self, step: Step) -> Tensor:
-        """The updates D^h (B, H, T, d) of an attention step: `step.update` is their sum over heads plus the drift."""
-        if step.mixture is None:
-            raise ValueError(f"layer {step.layer}: the step at '{step.point}' has no heads; take one at 'attn'")
-        return self.layer(step.layer).attention.content.lift_heads(step.mixture)
+        """The updates D^h (B, H, T, d) of a step of attention, as they enter the stream: with the drift, and the FFN of a
+        parallel block, they sum to `step.update`. Raises ValueError for a step without heads."""
+        return self.layer(step.layer).pieces(step)[0]
 
     def unembed(self, x: Cloud) -> Logits:
         """Logits of the state x, through the closing norm: on an earlier state, the logit lens."""
@@ -214,7 +215,7 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float |
 def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:
     form: Any = layer.form.build("form", layer.dim, layer.heads)
     content: Any = layer.content.build("content", layer.dim, layer.heads, form)
-    kernel: Any = layer.kernel.build(layer.heads)
+    kernel: Any = layer.kernel.build(layer.heads, layer.dim)
     attention = Attention(
         form,
         content,
@@ -225,7 +226,8 @@ def _block(layer: Model, maps: dict[Any, nn.Module]) -> Block:
         layer.drift,
     )
     ffn = None if layer.ffn is None else layer.ffn.build(layer.dim)
-    return Block(attention, ffn, layer.norm, layer.placement, layer.epsilon, layer.dropout)
+    given = attention, ffn, layer.norm, layer.placement, layer.epsilon, layer.dropout
+    return SequentialBlock(*given) if layer.arrangement is None else cast(Block, layer.arrangement.build(*given))
 
 
 def _position(position: parts.Position, rank: int, maps: dict[Any, nn.Module]) -> Any:

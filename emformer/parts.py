@@ -50,7 +50,7 @@ class Kernel(Part):
     """Setting of a rule that turns relevance scores into mixture weights."""
 
     @abstractmethod
-    def build(self, heads: int) -> torch.nn.Module:
+    def build(self, heads: int, dim: int) -> torch.nn.Module:
         """Return the `emformer.kernels.Kernel` module."""
 
 
@@ -86,7 +86,8 @@ class Norm(Part):
     """Setting of a per-token normalisation R^d -> R^d."""
 
     @abstractmethod
-    def build(self, dim: int) -> torch.nn.Module: ...
+    def build(self, dim: int) -> torch.nn.Module:
+        """Return the `emformer.norms.Norm` module."""
 
 
 class FFN(Part):
@@ -97,16 +98,36 @@ class FFN(Part):
 
 
 class Placement(Part):
-    """Where the norm stands around a sublayer: `read` before it, `place` after the residual sum."""
+    """Where the norm stands around a sublayer, and on what space the stream lives. See `emformer.placements`."""
 
     @abstractmethod
-    def build(self, norm: Norm | None, dim: int) -> tuple[torch.nn.Module | None, torch.nn.Module | None]:
-        """(read, place): the update is computed from read(x), the new state is place(x + eps update); None: nothing there."""
+    def build(self, norm: Norm | None, dim: int) -> tuple[torch.nn.Module | None, torch.nn.Module | None, torch.nn.Module | None]:
+        """(read, shape, place) of one sublayer, x <- place(x + eps shape(x, D(read(x)))); None: nothing there."""
+
+    @abstractmethod
+    def enter(self, dim: int) -> torch.nn.Module | None:
+        """What puts the embedded tokens onto the space that the states live on; None: they are there."""
 
     @property
     @abstractmethod
     def closes(self) -> bool:
         """Whether the stream needs the norm once more before it is unembedded."""
+
+
+class Arrangement(Part):
+    """How attention and FFN follow each other in a block, where it is not one after the other."""
+
+    @abstractmethod
+    def build(
+        self,
+        attention: torch.nn.Module,
+        ffn: torch.nn.Module | None,
+        norm: Norm | None,
+        placement: Placement,
+        epsilon: float,
+        dropout: float,
+    ) -> torch.nn.Module:
+        """Return the `emformer.block.Block` module."""
 
 
 class Corpus(Part):
@@ -164,6 +185,14 @@ class Objective(Part):
     @abstractmethod
     def cut(self, windows: numpy.ndarray, rng: numpy.random.Generator, vocab: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Windows (B, T+1) of ids below `vocab` -> inputs and targets, each (B, T); target -100 carries no loss."""
+
+
+class Penalty(Part):
+    """What shrinks M or F after every optimiser step, apart from the loss."""
+
+    @abstractmethod
+    def shrink(self, model: torch.nn.Module, factor: float) -> None:
+        """Change the operators of the model in place; `factor` in (0, 1] is the schedule's at this step."""
 
 
 class Optimizer(Part):

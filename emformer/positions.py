@@ -21,10 +21,15 @@ from emformer.types import Index, KeyIndex, Keys, Queries
 
 
 class PositionMap(nn.Module, ABC):
-    """`acts_on_keys`: changes v, so that M cannot be absorbed into the query. `reads_factors`: not a function of M alone."""
+    """`acts_on_keys`: changes v, so that M cannot be absorbed into the query. `reads_factors`: not a function of M alone.
+
+    `planes`: where it reads the factors, how many leading coordinates it turns alike in u and in v, the coordinates k and
+    k + planes/2 as a plane. It commutes with a I + b J in each plane and with GL on the rest. 0: with nothing that is known.
+    """
 
     acts_on_keys: bool
     reads_factors: bool
+    planes: int = 0
 
     @abstractmethod
     def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]: ...
@@ -76,6 +81,7 @@ class Rotation(PositionMap):
     def __init__(self, width: int, base: float, offset: int):
         super().__init__()
         self.width, self.base, self.offset = width, base, offset
+        self.planes = width
         self._last: tuple[torch.Tensor, torch.dtype, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:

@@ -22,7 +22,10 @@ class Functional:
 
 @dataclass(frozen=True)
 class Drift:
-    """The constant drift g (d,) of a layer's update: value and output biases merged (math A.2)."""
+    """The constant drift g (d,) of a layer's update: value and output biases merged (math A.2).
+
+    Where a kernel's weights do not sum to one the value bias b_V (G, r) is no constant, and is learned beside g.
+    """
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Layer(TypedDict, total=False):
     drift: Drift | None
     norm: parts.Norm | None
     ffn: parts.FFN | None
+    arrangement: parts.Arrangement | None
     placement: parts.Placement
     epsilon: float
     dropout: float
@@ -83,10 +87,11 @@ class Model:
         content: the content operator F of every head (OV circuit): update = sum alpha F x.
         kernel: how scores become weights.
         mask: which positions a token may look at.
-        placement: where the norm stands around a sublayer.
+        placement: where the norm stands around a sublayer, and on what space the stream lives.
         positions: ordered maps on queries and keys; empty for none.
         norm: per-token normalisation, or null.
         ffn: feed-forward network, or null.
+        arrangement: null for the FFN after attention; Parallel for both from the same state.
         functional: affine key functional u, or null.
         drift: constant drift g, or null.
         embedding: token vectors, unembedding and learned positions.
@@ -108,6 +113,7 @@ class Model:
     positions: Sequence[parts.Position] = ()
     norm: parts.Norm | None = None
     ffn: parts.FFN | None = None
+    arrangement: parts.Arrangement | None = None
     functional: Functional | None = None
     drift: Drift | None = None
     embedding: Embedding = field(default_factory=Embedding)
@@ -211,6 +217,7 @@ class Training:
     Args:
         objective: what it is trained for.
         optimizer: the optimiser.
+        penalties: what shrinks M or F after every step (Nuclear, Frobenius).
         schedule: learning-rate factor by step.
         max_steps: optimiser steps.
         batch: sequences per optimiser step, over all processes and accumulated micro-batches.
@@ -230,6 +237,7 @@ class Training:
 
     objective: parts.Objective
     optimizer: parts.Optimizer
+    penalties: Sequence[parts.Penalty] = ()
     schedule: Schedule = field(default_factory=Schedule)
     max_steps: int = 1000
     batch: int = 32
@@ -247,6 +255,7 @@ class Training:
     strategy: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "penalties", tuple(self.penalties))  # YAML gives a list
         for name in ("max_steps", "batch", "accumulate", "validate_every", "save_every", "nodes", "validation_windows"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}; choose at least 1.")

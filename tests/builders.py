@@ -66,7 +66,7 @@ def attention(
     layer = Attention(
         m,
         content.build("content", dim, heads, m),
-        (kernel or Softmax()).build(heads),
+        (kernel or Softmax()).build(heads, dim),
         [position.build(m.rank) for position in positions],
         mask or Causal(),
         functional,

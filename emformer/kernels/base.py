@@ -11,24 +11,65 @@ from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
 
 class Kernel(nn.Module, ABC):
-    """(u, v, c, visible) -> mixture z_i = sum_j a_ij c_j, fused; `weights` is the reference a_ij that it must equal.
+    """(u, v, c, visible) -> mixture z_i = sum_j a_ij c_j; `weights` is the reference a_ij that it must equal.
 
-    Capabilities, asked by everything else: `normalised` (rows of a sum to 1, so a constant value is a constant drift);
-    `row_invariant` (adding a constant to a row of scores changes nothing, so key biases are pure gauge without RoPE);
-    `rowwise` (row i depends on query i alone, so that a cache and chunks of queries are possible); `differentiable`;
-    `reads_factors` (not a function of the score alone).
+    `value` (H, d), or None: a vector of E for each head that takes the mass 1 - sum_j a_ij which the tokens leave (a sink).
+
+    Capabilities, asked by everything else:
+
+    * `normalised`: rows of a sum to 1, so that a constant value is a constant drift;
+    * `row_invariant`: adding a constant to a row of scores changes nothing, so that key biases are gauge without RoPE;
+    * `column_invariant`: the same for columns, so that a functional of the key is gauge too;
+    * `rowwise`: row i depends on query i alone, so that a causal mask, a cache and chunks of queries are possible;
+    * `differentiable`: can be trained;
+    * `reads_factors`: not a function of the score alone;
+    * `fused`: never holds the T x S weights; `sparse`: visible tokens may have weight 0; `signed`: weights may be negative.
     """
 
     normalised: bool
     row_invariant: bool
+    column_invariant: bool = False
     rowwise: bool = True
     differentiable: bool = True
     reads_factors: bool = False
+    fused: bool = False
+    sparse: bool = False
+    signed: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value: nn.Parameter | None = None
 
     @abstractmethod
     def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
-        """z (B, H, T, c). Groups of v and c need not agree; each divides H."""
+        """z (B, H, T, c), the sink's share left out. Groups of v and c need not agree; each divides H."""
 
     @abstractmethod
     def weights(self, u: Queries, v: Keys, visible: Visible) -> Weights:
         """a (B, H, T, S), masked entries exactly 0. Memory B H T S."""
+
+    @abstractmethod
+    def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
+        """Multiply-adds a query and head: scores of rank r, mixtures of the given width, of `keys` keys so many visible."""
+
+
+class Direct(Kernel):
+    """A kernel without a fused form: its mixture is made from its weights. Cost: keys (r + c) multiply-adds a query and head,
+    masked or not, and the B H T S weights in memory."""
+
+    def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
+        return mix(self.weights(u, v, visible), c)
+
+    def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
+        return keys * (rank + width)
+
+
+def scores(u: Queries, v: Keys) -> Weights:
+    """s_ij = u_i . v_j (B, H, T, S). Heads of a group go through one product; nothing is repeated for them."""
+    groups = v.shape[1]
+    return (u.reshape(len(u), groups, -1, u.shape[-1]) @ v.mT).view(*u.shape[:-1], v.shape[-2])
+
+
+def mix(a: Weights, c: Contents) -> Mixture:
+    """sum_j a_ij c_j."""
+    return (a.reshape(len(a), c.shape[1], -1, a.shape[-1]) @ c).view(*a.shape[:-1], c.shape[-1])

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from emformer import parts
-from emformer.kernels.base import Kernel
+from emformer.kernels.base import Kernel, scores
 from emformer.masks import Visible
 from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
@@ -28,40 +28,59 @@ class Softmax(parts.Kernel):
     def examples(cls) -> Sequence[Softmax]:
         return [cls(), cls(beta=0.5)]
 
-    def build(self, heads: int) -> SoftmaxKernel:
+    def build(self, heads: int, dim: int) -> SoftmaxKernel:
         return SoftmaxKernel(self.beta)
 
 
 class SoftmaxKernel(Kernel):
     normalised = True
     row_invariant = True
+    fused = True
 
     def __init__(self, beta: float):
         super().__init__()
         self.beta = beta
 
     def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
-        heads, width = u.shape[1], c.shape[-1]
-        if v.shape[1] == c.shape[1] == 1 < heads and visible.table is None and not visible.triangle:
-            # heads that share all keys and see all of them are just more queries: nothing is expanded or read H times
-            return self._fused(u.flatten(1, 2).unsqueeze(1), v, c, visible).view(*u.shape[:-1], width)
-        return self._fused(u, _expand(v, heads), _expand(c, heads), visible)
-
-    def _fused(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
-        # The flash kernels take one head count and one width for all three, and fall back silently to the quadratic
-        # path otherwise. Zero columns change neither scores nor mixtures.
-        rank, width = u.shape[-1], c.shape[-1]
-        if rank < width:
-            u, v = _widen(u, width), _widen(v, width)
-        elif width < rank:
-            c = _widen(c, rank)
-        z = functional.scaled_dot_product_attention(u, v, c, attn_mask=visible.table, is_causal=visible.triangle, scale=self.beta)
-        return z if z.shape[-1] == width else z[..., :width]
+        return attend(u, v, c, visible, self.beta)
 
     def weights(self, u: Queries, v: Keys, visible: Visible) -> Weights:
-        scores = self.beta * (u @ _expand(v, u.shape[1]).mT)
-        table = visible.dense(u.shape[-2], v.shape[-2], u.device)
-        return scores.masked_fill(~table, float("-inf")).softmax(-1)
+        return masked_softmax(self.beta * scores(u, v), visible)
+
+    def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
+        return fused_macs(visible, rank, width)
+
+
+def attend(u: Queries, v: Keys, c: Contents, visible: Visible, beta: float) -> Mixture:
+    """softmax(beta u v^T) c by torch's fused attention: the weights are never held."""
+    heads, width = u.shape[1], c.shape[-1]
+    if v.shape[1] == c.shape[1] == 1 < heads and visible.table is None and not visible.triangle:
+        # heads that share all keys and see all of them are just more queries: nothing is expanded or read H times
+        return _fused(u.flatten(1, 2).unsqueeze(1), v, c, visible, beta).view(*u.shape[:-1], width)
+    return _fused(u, _expand(v, heads), _expand(c, heads), visible, beta)
+
+
+def masked_softmax(scores: Weights, visible: Visible) -> Weights:
+    """Softmax over what is visible; exactly 0 elsewhere."""
+    table = visible.dense(*scores.shape[-2:], scores.device)
+    return scores.masked_fill(~table, float("-inf")).softmax(-1)
+
+
+def fused_macs(visible: float, rank: int, width: int) -> int:
+    """Multiply-adds a query and head of `attend`: both products at the wider of the two widths (see `_fused`)."""
+    return round(visible * 2 * max(rank, width))
+
+
+def _fused(u: Queries, v: Keys, c: Contents, visible: Visible, beta: float) -> Mixture:
+    # The flash kernels take one head count and one width for all three, and fall back silently to the quadratic
+    # path otherwise. Zero columns change neither scores nor mixtures.
+    rank, width = u.shape[-1], c.shape[-1]
+    if rank < width:
+        u, v = _widen(u, width), _widen(v, width)
+    elif width < rank:
+        c = _widen(c, rank)
+    z = functional.scaled_dot_product_attention(u, v, c, attn_mask=visible.table, is_causal=visible.triangle, scale=beta)
+    return z if z.shape[-1] == width else z[..., :width]
 
 
 def _expand(x: torch.Tensor, heads: int) -> torch.Tensor:

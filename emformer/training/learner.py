@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -43,7 +44,8 @@ class Learner(pl.LightningModule):
         bytes_per_token: of the validation text.
 
     Raises:
-        UserError: where the masks let the model see its targets, and at the step at which loss or gradient is not finite.
+        UserError: where the masks let the model see its targets, for a kernel that cannot be trained or a penalty that cannot
+            act on the model's operators, and at the step at which loss or gradient is not finite.
     """
 
     def __init__(self, model: Emformer, settings: Settings, tokenizer: str, bytes_per_token: float):
@@ -52,6 +54,17 @@ class Learner(pl.LightningModule):
         self.bytes_per_token = bytes_per_token
         depth = settings.model.depth
         settings.training.objective.check([settings.model.layer(index).mask for index in range(depth)])
+        for index in range(depth):
+            kernel = model.layer(index).attention.kernel
+            if not kernel.differentiable:
+                raise UserError(
+                    f"the kernel {type(kernel).__name__.removesuffix('Kernel')} of layer {index} cannot be trained, for its "
+                    "derivative is zero; it is for simulations and surgery: train with another, such as Softmax."
+                )
+        if settings.training.penalties:
+            trial = copy.deepcopy(model)  # what a penalty refuses is refused now, not at the first step
+            for penalty in settings.training.penalties:
+                penalty.shrink(trial, 1.0)
         self.loss_value, self.grad_norm = math.nan, math.nan
         self.measured: dict[str, float] = {}
         self._step_loss: Tensor | float = 0.0
@@ -89,6 +102,13 @@ class Learner(pl.LightningModule):
         factor = training.schedule.factor(self.global_step, training.max_steps)
         for group, rate in zip(optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        training = self.settings.training
+        factor = training.schedule.factor(self.global_step, training.max_steps)  # of this step: it is counted when we return
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        for penalty in training.penalties:
+            penalty.shrink(self.model, factor)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer = self.settings.training.optimizer.build(self.model)

@@ -123,7 +123,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
             rates |= {id(p): module.rates[name] for name, p in module.named_parameters()}
         elif isinstance(module, Operator):
             rates |= {id(p): module.rates.get(name, 1.0) for name, p in module.named_parameters()}
-            matrices |= {id(p) for p in module.parameters() if p.ndim >= 2}
+            matrices |= {id(p) for p in module.parameters() if p.ndim == 3}  # (heads, ., .)
         elif isinstance(module, nn.Linear):
             matrices.add(id(module.weight))
         elif isinstance(module, nn.Embedding):

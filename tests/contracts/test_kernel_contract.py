@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from builders import examples, span, variants
+from builders import examples, span, stir, variants
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,19 +15,19 @@ from emformer import parts
 from emformer.kernels import Kernel, Softmax
 from emformer.masks import Causal, Full, Visible, visible
 
-H, S = 4, 7
+H, S, D = 4, 7, 8
 EVERY = pytest.mark.parametrize("setting", examples(parts.Kernel))
 MASKS = pytest.mark.parametrize("mask", examples(parts.Mask))
-QUERIES = pytest.mark.parametrize("queries", [S, 3, 1], ids="last{}".format)  # all, or the last ones of the keys
-SHAPES = [  # (G of keys, G of contents, r_M, r_F)
-    pytest.param((4, 4, 6, 6), id="multi-head"),
-    pytest.param((4, 4, 6, 3), id="narrow content"),
-    pytest.param((4, 4, 3, 6), id="narrow form"),
-    pytest.param((2, 4, 6, 6), id="grouped keys"),
-    pytest.param((4, 1, 6, 2), id="shared content"),
-    pytest.param((1, 2, 2, 5), id="mixed groups"),
-    pytest.param((1, 1, 8, 8), id="one cloud for all"),
-]
+QUERIES = [S, 3, 1]  # all, or the last ones of the keys
+SHAPES = {  # (G of keys, G of contents, r_M, r_F)
+    "multi-head": (4, 4, 6, 6),
+    "narrow content": (4, 4, 6, 3),
+    "narrow form": (4, 4, 3, 6),
+    "grouped keys": (2, 4, 6, 6),
+    "shared content": (4, 1, 6, 2),
+    "mixed groups": (1, 2, 2, 5),
+    "one cloud for all": (1, 1, 8, 8),
+}
 
 
 def normal(*shape: int, dtype=torch.float64) -> Tensor:
@@ -44,47 +44,47 @@ def pattern(mask: parts.Mask, queries: int):
     return visible(mask, j[S - queries :], S), mask.visible(j[S - queries :, None], j[None, :])
 
 
-def build(setting: parts.Kernel, mask: parts.Mask, queries: int = S, dtype=torch.float64) -> Kernel:
+def build(setting: parts.Kernel, mask: parts.Mask, dtype=torch.float64) -> Kernel:
     torch.manual_seed(0)
-    kernel = setting.build(H).to(dtype)
+    kernel = stir(setting.build(H, D)).to(dtype)
     assert isinstance(kernel, Kernel)
-    if not kernel.rowwise and (mask.causal or queries < S):
+    if not kernel.rowwise and mask.causal:
         pytest.skip("a kernel that reads all rows has no causal mask")
     return kernel
 
 
 @EVERY
 @MASKS
-@QUERIES
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 @torch.no_grad()
-def test_the_fused_mixture_is_the_one_of_the_weights(setting, mask, queries, shape, dtype, close):
-    kernel = build(setting, mask, queries, dtype)
-    keys, contents, rank, width = shape
-    sizes = (H, queries, rank), (keys, S, rank), (contents, S, width)
-    u, v, c = (normal(2, *size, dtype=dtype) for size in sizes)
-    seen, _ = pattern(mask, queries)
-    mixture = kernel(u, v, c, seen)
-    assert mixture.shape == (2, H, queries, width)
-    assert (mixture - kernel.weights(u, v, seen) @ per_head(c)).abs().max() < close
+def test_the_fused_mixture_is_the_one_of_the_weights(setting, mask, dtype, close):
+    kernel = build(setting, mask, dtype=dtype)
+    for queries, (name, (keys, contents, rank, width)) in itertools.product(QUERIES if kernel.rowwise else [S], SHAPES.items()):
+        sizes = (H, queries, rank), (keys, S, rank), (contents, S, width)
+        u, v, c = (normal(2, *size, dtype=dtype) for size in sizes)
+        seen, _ = pattern(mask, queries)
+        mixture = kernel(u, v, c, seen)
+        assert mixture.shape == (2, H, queries, width)
+        expected = kernel.weights(u, v, seen) @ per_head(c)
+        assert (mixture - expected).abs().max() < close * max(1.0, expected.abs().max()), (name, queries)
 
 
 @EVERY
 @MASKS
-@QUERIES
 @torch.no_grad()
-def test_weights_are_weights(setting, mask, queries):
-    """Nonnegative, exactly zero where the mask hides, rows that sum to one if the kernel says so."""
-    kernel = build(setting, mask, queries)
-    seen, table = pattern(mask, queries)
-    a = kernel.weights(3 * normal(2, H, queries, 6), normal(2, 2, S, 6), seen)
-    assert a.shape == (2, H, queries, S)
-    assert a.isfinite().all() and (a >= 0).all()
-    assert (a.masked_select(~table) == 0).all()
-    assert a.masked_select(table).any()
-    if kernel.normalised:
-        assert (a.sum(-1) - 1).abs().max() < 1e-12
+def test_weights_are_weights(setting, mask):
+    """Nonnegative unless signed, exactly zero where the mask hides, sums of one as far as the kernel says so."""
+    kernel = build(setting, mask)
+    for queries in QUERIES if kernel.rowwise else [S]:
+        seen, table = pattern(mask, queries)
+        a = kernel.weights(normal(2, H, queries, 6), normal(2, 2, S, 6), seen)
+        assert a.shape == (2, H, queries, S)
+        assert a.isfinite().all() and (a < 0).any() == kernel.signed
+        assert (a.masked_select(~table) == 0).all()
+        assert a.masked_select(table).all() or kernel.sparse
+        assert ((a.sum(-1) - 1).abs().max() < 1e-12) == kernel.normalised
+    if kernel.value is not None:
+        assert kernel.value.shape == (H, D) and not kernel.normalised
 
 
 @EVERY
@@ -108,13 +108,45 @@ def test_a_constant_on_a_row_of_scores(setting, mask):
 @EVERY
 @MASKS
 @torch.no_grad()
+def test_a_constant_on_a_column_of_scores(setting, mask):
+    kernel = build(setting, mask)
+    if kernel.reads_factors:
+        pytest.skip("the score alone does not determine the weights")
+    u, v, seen = normal(2, H, S, 6), normal(2, H, S, 6), pattern(mask, S)[0]
+    lifted = torch.cat([u, torch.ones(2, H, S, 1, dtype=u.dtype)], -1), torch.cat([v, normal(2, H, S, 1)], -1)
+    change = (kernel.weights(*lifted, seen) - kernel.weights(u, v, seen)).abs().max()
+    alone = kernel.normalised and pattern(mask, S)[1].sum() == S  # a token that sees itself alone has weight 1 at any score
+    assert (change < 1e-10) == (kernel.column_invariant or alone)
+
+
+@EVERY
+@MASKS
+@torch.no_grad()
+def test_whether_it_reads_factors(setting, mask):
+    """(u G, v G^-T) has the same scores; only a kernel that says so may see a difference."""
+    kernel = build(setting, mask)
+    u, v, seen = normal(2, H, S, 6), normal(2, H, S, 6), pattern(mask, S)[0]
+    g = normal(6, 6) + 2 * torch.eye(6, dtype=torch.float64)
+    change = (kernel.weights(u @ g, v @ torch.linalg.inv(g).mT, seen) - kernel.weights(u, v, seen)).abs().max()
+    assert change < 1e-8 or kernel.reads_factors
+    if kernel.reads_factors and pattern(mask, S)[1].sum() > S:
+        assert change > 1e-3
+
+
+@EVERY
+@MASKS
+@torch.no_grad()
 def test_a_row_needs_no_other_row(setting, mask):
     """What `rowwise` claims, and what a cache and chunks of queries rest on."""
     kernel = build(setting, mask)
     u, v, c = normal(2, H, S, 6), normal(2, H, S, 6), normal(2, H, S, 6)
+    if not kernel.rowwise:
+        with pytest.raises(ValueError, match="queries"):
+            kernel(u[:, :, [0]], v, c, _rows(mask, [0]))
+        return
     whole = kernel(u, v, c, pattern(mask, S)[0])
     alone = torch.cat([kernel(u[:, :, [k]], v, c, _rows(mask, [k])) for k in range(S)], 2)
-    assert ((whole - alone).abs().max() < 1e-12) == kernel.rowwise
+    assert (whole - alone).abs().max() < 1e-12 * max(1.0, whole.abs().max())
 
 
 def _rows(mask: parts.Mask, rows: list[int]):
@@ -126,8 +158,10 @@ def _rows(mask: parts.Mask, rows: list[int]):
 @MASKS
 @torch.no_grad()
 def test_what_is_hidden_is_not_read(setting, mask):
-    """Hidden keys and contents may hold anything."""
+    """Hidden keys and contents may hold anything. (Where all rows share in the columns' sums, nothing is quite hidden.)"""
     kernel = build(setting, mask)
+    if not kernel.rowwise:
+        pytest.skip("not row by row")
     seen, table = pattern(mask, S)
     u, v, c = normal(2, H, S, 6), normal(2, H, S, 6), normal(2, H, S, 6)
     before = kernel(u, v, c, seen)
@@ -138,7 +172,8 @@ def test_what_is_hidden_is_not_read(setting, mask):
         after = kernel(u, *others, seen)
         blind = ~table[:, k]
         assert torch.equal(after[:, :, blind], before[:, :, blind])
-        assert (after[:, :, ~blind] - before[:, :, ~blind]).abs().amax((0, 1, 3)).gt(1e-6).all()
+        if not kernel.sparse:
+            assert (after[:, :, ~blind] - before[:, :, ~blind]).abs().amax((0, 1, 3)).gt(1e-6).all()
 
 
 @EVERY
@@ -151,15 +186,30 @@ def test_fused_and_reference_have_the_same_gradients(setting, mask):
     given = [normal(1, *size).requires_grad_() for size in ((H, S, 4), (2, S, 4), (1, S, 3))]
     out = normal(1, H, S, 3)
     u, v, c = given
-    fused = torch.autograd.grad((kernel(u, v, c, seen) * out).sum(), given)
-    plain = torch.autograd.grad((kernel.weights(u, v, seen) @ per_head(c) * out).sum(), given)
-    assert all((a - b).abs().max() < 1e-10 for a, b in zip(fused, plain, strict=True))
-    assert torch.autograd.gradcheck(lambda u, v: kernel.weights(u, v, seen), given[:2])
+    own = {name: p for name, p in kernel.named_parameters() if name != "value"}  # which attention adds
+    fused = torch.autograd.grad((kernel(u, v, c, seen) * out).sum(), [*given, *own.values()])
+    plain = torch.autograd.grad((kernel.weights(u, v, seen) @ per_head(c) * out).sum(), [*given, *own.values()])
+    assert all((a - b).abs().max() < 1e-10 * max(1.0, b.abs().max()) for a, b in zip(fused, plain, strict=True))
+
+    def weights(u: Tensor, v: Tensor, *parameters: Tensor) -> Tensor:
+        state = {f"of.{name}": p for name, p in zip(own, parameters, strict=True)}
+        return torch.func.functional_call(Weights(kernel), state, (u, v, seen))
+
+    assert torch.autograd.gradcheck(weights, (u, v, *own.values()), check_forward_ad=True)
+
+
+class Weights(torch.nn.Module):
+    def __init__(self, of: Kernel):
+        super().__init__()
+        self.of = of
+
+    def forward(self, u: Tensor, v: Tensor, seen: Visible) -> Tensor:
+        return self.of.weights(u, v, seen)
 
 
 @EVERY
 def test_its_state_carries_everything(setting):
-    kernel, other = setting.build(H), setting.build(H)
+    kernel, other = stir(setting.build(H, D)), setting.build(H, D)
     other.load_state_dict(kernel.state_dict())
     u, v, seen = normal(1, H, S, 4).float(), normal(1, H, S, 4).float(), pattern(Full(), S)[0]
     assert torch.equal(kernel.weights(u, v, seen), other.weights(u, v, seen))
@@ -169,7 +219,7 @@ def test_its_state_carries_everything(setting):
 def test_softmax_by_hand():
     """beta multiplies the score, and the weights are its softmax over what is visible: in both ways to compute it."""
     u, v, c, seen = normal(1, H, S, 4), normal(1, 2, S, 4), normal(1, H, S, 3), pattern(Causal(), S)[0]
-    kernel = Softmax(beta=2.5).build(H)
+    kernel = Softmax(beta=2.5).build(H, D)
     a, z = kernel.weights(u, v, seen), kernel(u, v, c, seen)
     for h, i in itertools.product(range(H), range(S)):
         power = (2.5 * v[0, h // 2, : i + 1] @ u[0, h, i]).exp()
@@ -189,24 +239,26 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+FUSED = [example for example in examples(parts.Kernel) if example.values[0].build(H, D).fused]
+
+
+@pytest.mark.parametrize("setting", FUSED)
 @MASKS
-@QUERIES
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-def test_softmax_really_takes_the_flash_kernel(mask, queries, shape, training):
+def test_a_fused_kernel_really_takes_the_flash_path(setting, mask, training):
     """CPU flash gives way in silence where widths or head counts differ. So: nothing else is allowed, and it ran."""
-    kernel = Softmax().build(H)
-    keys, contents, rank, width = shape
-    u, v, c = (
-        torch.randn(2, *size, requires_grad=training) for size in ((H, queries, rank), (keys, S, rank), (contents, S, width))
-    )
-    seen, _ = pattern(mask, queries)
-    with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
-        kernel(u, v, c, seen)
-    with Calls() as calls:
-        kernel(u, v, c, seen)
-    assert sum("_scaled_dot_product_flash_attention" in name for name in calls.names) == 1, calls.names
-    assert not any("softmax" in name for name in calls.names), calls.names
+    kernel = stir(setting.build(H, D))
+    for queries, (keys, contents, rank, width) in itertools.product(QUERIES, SHAPES.values()):
+        u, v, c = (
+            torch.randn(2, *size, requires_grad=training) for size in ((H, queries, rank), (keys, S, rank), (contents, S, width))
+        )
+        seen, _ = pattern(mask, queries)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):
+            kernel(u, v, c, seen)
+        with Calls() as calls:
+            kernel(u, v, c, seen)
+        assert sum("_scaled_dot_product_flash_attention" in name for name in calls.names) == 1, calls.names
+        assert not any("softmax" in name for name in calls.names), calls.names
 
 
 @pytest.mark.filterwarnings("ignore:Flash attention")

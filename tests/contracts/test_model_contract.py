@@ -19,33 +19,47 @@ from torch.nn import functional
 
 import emformer
 from emformer import parts
-from emformer.block import PostNorm
+from emformer.block import Parallel
 from emformer.ffn import GELU
+from emformer.kernels import L2, Linear, Sigmoid, Sinkhorn, SinkSoftmax, Unnormalised
 from emformer.masks import All, Causal, Full, Window
 from emformer.model import Emformer, choose
 from emformer.norms import LayerNorm, RMSNorm
-from emformer.operators import Dense, LowRank
+from emformer.operators import PSD, Dense, Identity, LowRank, Operator, Preconditioned, Symmetric, Tied
+from emformer.operators.dense import DenseOperator
+from emformer.operators.lowrank import LowRankOperator
 from emformer.parts import UserError
+from emformer.placements import PostNorm, PreNorm, SandwichNorm, Sphere
 from emformer.positions import RoPE
 from emformer.settings import Drift, Embedding, Functional, Learned, Model
 
 T = 10
 
 
+def _operator(part: parts.Operator) -> dict[str, Any]:
+    try:
+        part.build("form", 8, 2)
+    except UserError:  # a content only
+        return {"content": part}
+    return {"form": part, "content": part}
+
+
 def _kernel(kernel: parts.Kernel) -> dict[str, Any]:
-    return {"kernel": kernel, "mask": Causal() if kernel.build(2).rowwise else Full()}
+    return {"kernel": kernel, "mask": Causal() if kernel.build(2, 8).rowwise else Full()}
 
 
 # every example of every kind of part, in a model
 CHANGES = {
-    parts.Operator: lambda part: {"form": part, "content": part},
+    parts.Operator: _operator,
     parts.Kernel: _kernel,
     parts.Position: lambda part: {"positions": [part]},
     parts.Mask: lambda part: {"mask": part},
     parts.Norm: lambda part: {"norm": part},
     parts.FFN: lambda part: {"ffn": part},
     parts.Placement: lambda part: {"placement": part, "ffn": GELU()},
+    parts.Arrangement: lambda part: {"arrangement": part, "ffn": GELU()},
 }
+AFFINE = {"functional": Functional(), "drift": Drift()}
 COMPOSED = [
     pytest.param({"functional": Functional(), "drift": Drift(), "ffn": GELU()}, id="functional, drift"),
     pytest.param({"functional": Functional(), "drift": Drift(), "positions": [RoPE()]}, id="functional, drift, rope"),
@@ -53,6 +67,28 @@ COMPOSED = [
     pytest.param({"form": Dense(), "positions": [RoPE()], "epsilon": 0.5, "ffn": GELU()}, id="dense form, rope, step"),
     pytest.param({"norm": None, "epsilon": 0.3}, id="no norm"),
     pytest.param({"layers": {1: {"form": Dense(), "norm": LayerNorm(bias=True), "epsilon": 0.5}}}, id="mixed layers"),
+    pytest.param({"kernel": SinkSoftmax(), "ffn": GELU()} | AFFINE, id="sink, functional, drift"),
+    pytest.param({"kernel": SinkSoftmax(), "content": LowRank(rank=2, groups=1)} | AFFINE, id="sink, grouped narrow content"),
+    pytest.param({"kernel": Sigmoid(), "form": Dense(), "content": Dense(), "drift": Drift()}, id="sigmoid, dense, drift"),
+    pytest.param({"kernel": Unnormalised(), "positions": [RoPE()]} | AFFINE, id="unnormalised, rope, functional, drift"),
+    pytest.param({"kernel": Linear(), "mask": Full()} | AFFINE, id="linear, full"),
+    pytest.param({"kernel": L2(), "form": PSD(rank=4), "positions": [RoPE()]} | AFFINE, id="l2, psd, rope"),
+    pytest.param({"kernel": Sinkhorn(), "mask": Full(), "drift": Drift(), "placement": Sphere()}, id="sinkhorn, sphere"),
+    pytest.param({"form": Symmetric(rank=4), "content": Tied(), "positions": [RoPE()]} | AFFINE, id="symmetric, tied, rope"),
+    pytest.param({"form": Identity(), "content": Identity(), "placement": Sphere(), "epsilon": 0.5}, id="theory"),
+    pytest.param({"form": LowRank(rank=4, groups=1), "content": Preconditioned(), "shared": True}, id="metric, shared"),
+    *(
+        pytest.param({"placement": placement, "ffn": GELU(), "drift": Drift(), "norm": norm, "epsilon": 0.5} | more, id=name)
+        for placement, norm in (
+            (SandwichNorm(), LayerNorm(bias=True)),
+            (Sphere(), LayerNorm()),
+            (Sphere(), None),
+            (PostNorm(), LayerNorm(bias=True)),
+            (PreNorm(), RMSNorm()),
+        )
+        for arrangement in (None, Parallel())
+        for more, name in [({"arrangement": arrangement}, f"{placement}, {norm}, {arrangement}, drift, step")]
+    ),
 ]
 SINGLE = [
     pytest.param(change(example.values[0]), id=str(example.id)) for kind, change in CHANGES.items() for example in examples(kind)
@@ -74,25 +110,34 @@ def test_the_flow_closes(fields):
         block = net.layer(step.layer)
         points.append((step.layer, step.point))
         assert torch.equal(step.before, x)
-        read, place = (block.read_attn, block.place_attn) if step.point == "attn" else (block.read_ffn, block.place_ffn)
+        read, place = (block.read_ffn, block.place_ffn) if step.point == "ffn" else (block.read_attn, block.place_attn)
         raw = step.before + block.epsilon * step.update
         assert (step.read - (read(step.before) if read else step.before)).abs().max() < 1e-12
         assert (step.after - (place(raw) if place else raw)).abs().max() < 1e-12
         if net.settings.placement.closes:  # the raw stream is a plain sum
             assert (step.after - step.before - block.epsilon * step.update).abs().max() < 1e-12
-        if step.point == "attn":
-            heads = net.head_updates(step)
-            drift = 0 if block.attention.drift is None else block.attention.drift
-            assert heads.shape == (2, net.settings.heads, T, net.settings.dim)
-            assert (heads.sum(1) + drift - step.update).abs().max() < 1e-12
-        else:
-            assert step.mixture is None
-            assert (step.update - block.ffn(step.read)).abs().max() < 1e-12
+        if step.point == "ffn":
+            assert step.mixture is None and step.ffn is None
+            fed = block.ffn(step.read)
+            assert (step.update - (block.shape_ffn(x, fed) if block.shape_ffn else fed)).abs().max() < 1e-12
             with pytest.raises(ValueError, match="heads"):
                 net.head_updates(step)
+        else:
+            heads, drift = block.pieces(step)
+            assert torch.equal(heads, net.head_updates(step))
+            assert heads.shape == (2, net.settings.heads, T, net.settings.dim)
+            beside = 0 if step.ffn is None else step.ffn
+            assert (heads.sum(1) + drift + beside - step.update).abs().max() < 1e-12
+            alone = block.attention.lift(step.mixture)
+            shaped = block.shape_attn(x, alone) if block.shape_attn else alone
+            assert (shaped + beside - step.update).abs().max() < 1e-12
+            if step.ffn is not None:
+                fed = block.ffn(x if block.read_ffn is None else block.read_ffn(x))
+                assert (beside - (block.shape_ffn(x, fed) if block.shape_ffn else fed)).abs().max() < 1e-12
         x = step.after
-    networks = [net.layer(k).ffn is not None for k in range(net.settings.depth)]
-    assert points == [(k, p) for k, has in enumerate(networks) for p in (["attn", "ffn"] if has else ["attn"])]
+    per_block = {(False, False): ["attn"], (True, False): ["attn", "ffn"], (True, True): ["block"]}
+    found = [(net.layer(k).ffn is not None, net.settings.layer(k).arrangement is not None) for k in range(net.settings.depth)]
+    assert points == [(k, p) for k, has in enumerate(found) for p in per_block[has]]
 
 
 @EVERY
@@ -112,11 +157,19 @@ def test_the_pattern_explains_the_mixture(fields):
     """The reference weights times the contents are the mixture that the flow went on with."""
     net = model(**fields)
     for step in net.flow(words(T)):
-        if step.point == "attn":
+        if step.point != "ffn":
             layer = net.layer(step.layer).attention
-            a, c = layer.weights(step.read, span(T)), layer.content.right(step.read)
-            c = torch.stack([c[:, h * c.shape[1] // layer.content.heads] for h in range(layer.content.heads)], 1)
-            assert (a @ c - step.mixture).abs().max() < 1e-12
+            a = layer.weights(step.read, span(T))
+            assert (layer.mix(a, step.read) - step.mixture).abs().max() < 1e-12
+            c = layer.content.right(step.read)
+            z = a @ torch.stack([c[:, h * c.shape[1] // layer.content.heads] for h in range(layer.content.heads)], 1)
+            rest = 1 - a.sum(-1, keepdim=True)
+            if layer.kernel.value is not None:  # the sink's value is a vector of E, met with the mass that tokens leave
+                z = z + layer.content.project(rest * layer.kernel.value.unsqueeze(1))
+            if layer.value_bias is not None:
+                share = layer.content.heads // layer.content.groups
+                z = z + (1 - rest) * layer.value_bias.repeat_interleave(share, 0).unsqueeze(1)
+            assert (z - step.mixture).abs().max() < 1e-12
 
 
 @EVERY
@@ -154,6 +207,8 @@ def test_positions_that_were_never_learned_are_refused(seen):
 @EVERY
 def test_every_parameter_learns(fields):
     net, tokens = model(**fields), words(T)
+    if not all(net.layer(k).attention.kernel.differentiable for k in range(net.settings.depth)):
+        pytest.skip("not trainable")
     functional.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, name
@@ -168,6 +223,7 @@ def test_a_state_rebuilds_the_model(fields):
     twin.load_state_dict(net.state_dict())
     assert torch.equal(twin(tokens), net(tokens))
     assert all(name.replace(".", "_").isidentifier() for name in net.state_dict())
+    assert len(set(net.state_dict())) == len(list(net.named_parameters()))
 
 
 # Symmetries -----------------------------------------------------------------------------------------------------------
@@ -208,20 +264,29 @@ def rotated(net: Emformer, q: torch.Tensor, **fields) -> Emformer:
         if weight is not None:
             fill(weight, weight @ q.mT)
     for block in twin.blocks:
-        for operator in (block.attention.form, block.attention.content):
-            if operator.identity_right:
-                fill(operator.left_factor, q @ operator.left_factor @ q.mT)
-            else:
-                fill(operator.left_factor, operator.left_factor @ q.mT)
-                fill(operator.right_factor, operator.right_factor @ q.mT)
-        if block.attention.drift is not None:
-            fill(block.attention.drift, block.attention.drift @ q.mT)
-        if block.attention.biases is not None and block.attention.form.identity_right:
-            fill(block.attention.biases.left, block.attention.biases.left @ q.mT)
+        attention = block.attention
+        attention.form, attention.content = turned(attention.form, q), turned(attention.content, q)
+        for vector in (attention.drift, attention.kernel.value):
+            if vector is not None:
+                fill(vector, vector @ q.mT)
+        if attention.biases is not None and attention.form.identity_right:
+            fill(attention.biases.left, attention.biases.left @ q.mT)
+        if attention.value_bias is not None and attention.content.identity_right:
+            fill(attention.value_bias, attention.value_bias @ q.mT)
     return twin
 
 
+def turned(operator: Operator, q: torch.Tensor) -> Operator:
+    """W -> Q W Q^T, whatever W is parameterised by, as an operator of free factors."""
+    left, right = operator.left_rows() @ q.mT, operator.right_rows()
+    return DenseOperator(q @ left, {}) if right is None else LowRankOperator(left, right @ q.mT, {})
+
+
 ROTATABLE = {
+    **{f"form and content {example.id}": _operator(example.values[0]) for example in examples(parts.Operator)},
+    **{f"kernel {example.id}": _kernel(example.values[0]) | {"drift": Drift()} for example in examples(parts.Kernel)},
+    "sandwich": dict(placement=SandwichNorm()),
+    "sphere": dict(placement=Sphere(), epsilon=0.5),
     "low-rank": {},
     "grouped": dict(form=LowRank(rank=4, groups=1), content=LowRank(rank=2)),
     "low-rank, rope": dict(positions=[RoPE()]),
@@ -302,8 +367,9 @@ def test_autocast_stays_close(fields):
         loss = functional.cross_entropy(logits.flatten(0, 1).float(), tokens.flatten())
     loss.backward()
     error = (logits.float() - exact).norm() / exact.norm()
-    assert 0 < error < 0.05
-    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    if not any(net.layer(k).attention.kernel.sparse for k in range(2)):  # else which tokens are taken hangs on a bit
+        assert 0 < error < 0.05
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in net.parameters())
 
 
 @EVERY
@@ -311,8 +377,8 @@ def test_autocast_stays_close(fields):
 def test_decoding_under_autocast_stays_close(fields):
     torch.manual_seed(0)
     net, tokens = model(dtype=torch.float32, **fields), words(T)
-    if not all(net.layer(k).attention.mask.causal for k in range(2)):
-        pytest.skip("not causal")
+    if not all(net.layer(k).attention.mask.causal and not net.layer(k).attention.kernel.sparse for k in range(2)):
+        pytest.skip("not causal, or takes tokens by a bit")
     exact, memory = net(tokens), net.memory()
     with torch.autocast("cpu", torch.bfloat16):
         pieces = tokens.split([4, *[1] * (T - 4)], 1)
@@ -528,6 +594,7 @@ def test_layers_see_their_own_settings():
 
 
 def test_every_pair_of_form_and_content_works_together():
-    for form, content in itertools.product(examples(parts.Operator), examples(parts.Operator)):
-        net = stir(model(form=form.values[0], content=content.values[0]))
+    forms = [example.values[0] for example in examples(parts.Operator) if "form" in _operator(example.values[0])]
+    for form, content in itertools.product(forms, examples(parts.Operator)):
+        net = stir(model(form=form, content=content.values[0], depth=1))
         assert net(words(T)).isfinite().all()

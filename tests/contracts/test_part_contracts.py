@@ -14,11 +14,12 @@ from torch import nn
 
 from emformer import parts
 from emformer.masks import All, Causal, Full, Visible, Window, visible
-from emformer.norms import RMSNorm
+from emformer.norms import LayerNorm, Norm, RMSNorm
+from emformer.placements import Shape
 from emformer.positions import PositionMap
 
 D, H, R, T = 8, 2, 4, 9
-KINDS = [parts.Operator, parts.Kernel, parts.Position, parts.Mask, parts.Norm, parts.FFN, parts.Placement]
+KINDS = [parts.Operator, parts.Kernel, parts.Position, parts.Mask, parts.Norm, parts.FFN, parts.Placement, parts.Arrangement]
 PARTS = pytest.mark.parametrize("setting", [example for kind in KINDS for example in examples(kind)])
 POSITIONS = pytest.mark.parametrize("setting", examples(parts.Position))
 MASKS = pytest.mark.parametrize("mask", examples(parts.Mask))
@@ -233,6 +234,22 @@ def test_a_norm_acts_on_tokens_one_by_one(setting):
     assert torch.autograd.gradcheck(norm, cloud(2, D, 1).requires_grad_())
 
 
+@NORMS
+def test_what_a_norm_says_of_itself(setting):
+    """y = Gamma Pi x / s(x) + b: as a matrix on the bare cloud, and summand by summand (math A.6)."""
+    norm, x = stir(setting.build(D)).double(), cloud(T, D) + 1
+    assert isinstance(norm, Norm)
+    y, (matrix, bias) = norm(x), norm.affine(D)
+    centred = x - x.mean(-1, keepdim=True) if norm.centred else x
+    bare = centred / norm.size(x)
+    assert (bare @ matrix.mT + bias - y).abs().max() < 1e-12
+    summands = torch.randn(3, *x.shape, dtype=x.dtype)
+    summands[0] += x - summands.sum(0)
+    shares = norm.spread(x, summands)
+    assert (shares.sum(0) + bias - y).abs().max() < 1e-12
+    assert (norm.spread(x, 2 * summands[1]) - 2 * shares[1]).abs().max() < 1e-12
+
+
 # Networks -------------------------------------------------------------------------------------------------------------
 
 
@@ -261,24 +278,37 @@ def test_a_network_acts_on_tokens_one_by_one(setting):
 
 
 @PLACEMENTS
-def test_a_placement_is_a_pair_of_token_wise_maps(setting):
-    x, order = cloud(T, D), torch.randperm(T)
-    for norm in (None, RMSNorm()):
-        pair_ = setting.build(norm, D)
-        assert len(pair_) == 2
-        assert (norm is None) == all(module is None for module in pair_)
-        for module in (module for module in pair_ if module is not None):
-            assert isinstance(module, nn.Module)
-            module.double()
-            assert module(x).shape == x.shape
-            assert torch.equal(module(x[:, order]), module(x)[:, order])
+@pytest.mark.parametrize("norm", [None, RMSNorm(), LayerNorm(bias=True)], ids=repr)
+def test_a_placement_is_three_token_wise_maps(setting, norm):
+    x, update, order = cloud(T, D), cloud(T, D), torch.randperm(T)
+    read, shape, place = (module if module is None else stir(module).double() for module in setting.build(norm, D))
+    for module in (module for module in (read, place, setting.enter(D)) if module is not None):
+        assert isinstance(module, nn.Module)
+        assert module(x).shape == x.shape
+        assert (module(x[:, order]) - module(x)[:, order]).abs().max() < 1e-12
+    if shape is None:
+        return
+    assert isinstance(shape, Shape)
+    shaped = shape(x, update)
+    assert shaped.shape == x.shape
+    assert (shape(x[:, order], update[:, order]) - shaped[:, order]).abs().max() < 1e-12
+    # it distributes over summands, here three heads
+    summands = torch.randn(2, 3, T, D, dtype=torch.float64)
+    summands[:, 0] += update - summands.sum(1)
+    shares = shape.pieces(x.unsqueeze(1), update.unsqueeze(1), summands)
+    assert (shares.sum(1) + shape.rest(D) - shaped).abs().max() < 1e-12
+    twice = shape.pieces(x.unsqueeze(1), update.unsqueeze(1), 2 * summands)
+    assert (twice - 2 * shares).abs().max() < 1e-12
 
 
 @PLACEMENTS
 def test_a_placement_that_does_not_close_leaves_states_normalised(setting):
     norm = RMSNorm(gain=False)
-    _, place = setting.build(norm, D)
+    _, _, place = setting.build(norm, D)
     x = 5 * cloud(T, D)
     placed = x if place is None else place(x)
     distance = (norm.build(D)(placed) - placed).abs().max()
     assert distance > 1e-2 if setting.closes else distance < 1e-5
+    enter = setting.enter(D)
+    if enter is not None:  # what the states live on, the embedding is put on
+        assert (enter(placed) - placed).abs().max() < 1e-12

@@ -138,5 +138,6 @@ def test_rates(dim, heads):
     rank = dim // heads
     assert Dense().build("form", dim, heads).rates == {"left_factor": pytest.approx(2 * math.sqrt(rank) / dim)}
     assert Dense().build("content", dim, heads).rates == {"left_factor": pytest.approx(1 / math.sqrt(heads))}
-    assert LowRank(rank=4).build("form", dim, heads).rates == {"left_factor": 0.5}
+    assert LowRank(rank=4).build("form", dim, heads).rates == {"left_factor": 0.5, "right_factor": 1.0}
+    assert LowRank(rank=16, balanced=True).build("form", dim, heads).rates == {"left_factor": 0.5, "right_factor": 0.5}
     assert LowRank(rank=4).build("content", dim, heads).rates == {}

@@ -6,11 +6,13 @@ import pytest
 import torch
 from builders import LEGIBLE, attention, cloud, model, span, words
 
-from emformer.block import PostNorm
+from emformer.block import Parallel
 from emformer.ffn import GELU, SwiGLU
+from emformer.kernels import L2, Sigmoid, Sinkhorn, SinkSoftmax, TopK, Unnormalised
 from emformer.masks import All, Causal, Full, Window
 from emformer.norms import LayerNorm
-from emformer.operators import Dense, LowRank
+from emformer.operators import PSD, Dense, Identity, LowRank, Preconditioned, ScaledOrthogonal, Skew, Tied
+from emformer.placements import PostNorm, SandwichNorm, Sphere
 from emformer.positions import KeyNorm, QueryNorm, RoPE
 from emformer.settings import Drift, Embedding, Functional, Learned
 
@@ -55,6 +57,16 @@ MODELS = {
     "post-norm": (dict(placement=PostNorm(), ffn=GELU()), 8),
     "layer norm": (dict(norm=LayerNorm(bias=True), ffn=SwiGLU(bias=True)), 8),
     "no norm": (dict(norm=None, epsilon=0.5), 8),
+    "sink, functional": (dict(kernel=SinkSoftmax(), functional=Functional(), drift=Drift()), 16),
+    "sink": (dict(kernel=SinkSoftmax(), drift=Drift()), 8),
+    "unnormalised, drift": (dict(kernel=Unnormalised(), drift=Drift()), 8),
+    "l2": (dict(kernel=L2()), 16),
+    "l2, dense": (dict(kernel=L2(), form=Dense(), content=Dense()), 8),
+    "top-k, orthogonal": (dict(kernel=TopK(k=3), form=ScaledOrthogonal(), content=ScaledOrthogonal()), 8),
+    "psd, tied, rope": (dict(form=PSD(rank=4), content=Tied(), positions=[RoPE()]), 16),
+    "skew, metric": (dict(form=Skew(), content=Preconditioned(), functional=Functional()), 8),
+    "sphere, identity": (dict(form=Identity(), content=Identity(), placement=Sphere(), epsilon=0.5), 8),
+    "sandwich, parallel": (dict(placement=SandwichNorm(), arrangement=Parallel(), ffn=GELU()), 8),
     "shared": (dict(shared=True, depth=3, ffn=GELU(), epsilon=1 / 3), 8),
     "learned positions": (dict(embedding=LEARNED), 8),
     "tied": (dict(embedding=TIED), 8),
@@ -148,6 +160,14 @@ ABSORBABLE = {
     "dense, functional, rope": (Dense(), Dense(), dict(functional=Functional(), positions=[RoPE()])),
     "dense form": (Dense(), LowRank(rank=4), dict(positions=[KeyNorm(), RoPE()])),
     "dense content": (LowRank(rank=4), Dense(), {}),
+    "psd, tied": (PSD(rank=4), Tied(), {}),
+    "identity, metric": (Identity(), Preconditioned(), {}),
+    "sink": (LowRank(rank=4), LowRank(rank=4, groups=2), dict(kernel=SinkSoftmax())),
+    "sink, drift": (LowRank(rank=4), LowRank(rank=6), dict(kernel=SinkSoftmax(beta=0.5), drift=Drift())),
+    "sink, dense, drift": (Dense(), Dense(), dict(kernel=SinkSoftmax(), drift=Drift(), functional=Functional())),
+    "sigmoid, drift": (LowRank(rank=4), LowRank(rank=4, groups=1), dict(kernel=Sigmoid(), drift=Drift())),
+    "l2, dense": (Dense(), LowRank(rank=4), dict(kernel=L2())),
+    "sinkhorn": (LowRank(rank=4), LowRank(rank=4), dict(kernel=Sinkhorn(), mask=Full())),
 }
 
 
