@@ -92,7 +92,7 @@ def effective(block: Block) -> Effective:
         value = attention.value_bias.repeat_interleave(heads // content.groups, 0)
         shift = _on_heads(content.left_rows(), value, heads)
     if block.read_attn is not None:
-        a, b = _affine(block.read_attn, dim)
+        a, b = _affine(block.read_attn, m)
         constant = constant + (m @ b) @ b + (u + w) @ b
         u, w, shift = (m.mT @ b + u) @ a, (m @ b + w) @ a, shift + f @ b
         m, f = a.mT @ m @ a, f @ a
@@ -255,13 +255,12 @@ def _doubled(module: AnyModule) -> AnyModule:
     return (twin.cpu() if parameter is not None and parameter.device.type == "mps" else twin).double()
 
 
-def _affine(norm: nn.Module, dim: int) -> tuple[Tensor, Tensor]:
-    """(A, b) of a norm in float64."""
+def _affine(norm: nn.Module, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, b) of a norm, beside `like` (…, d), of its type."""
     twin = _doubled(norm)
     assert isinstance(twin, Norm)
-    if twin.gain is None:  # a norm computes in the type of what it learns; a gain of one says which, and changes nothing
-        twin.gain = torch.ones(dim, dtype=torch.float64, device="cpu" if twin.bias is None else twin.bias.device)
-    return twin.affine(dim)
+    a, b = twin.affine(like.shape[-1])
+    return a.to(like), b.to(like)
 
 
 def _on_heads(rows: Tensor | None, coefficients: Tensor, heads: int) -> Tensor:
@@ -284,14 +283,14 @@ def _cores(block: Block) -> tuple[Tensor, Tensor, int]:
         folded = effective(block)
         return folded.form, folded.content, form.rank
     wide = _doubled(nn.ModuleList([form, content]))
-    norm = None if block.read_attn is None else _affine(block.read_attn, form.dim)[0]
-    rows = []
+    rows: list[Tensor] = []
     for operator, folds_left in zip(wide, (True, False), strict=True):
         assert isinstance(operator, Operator)
         left, right = operator.left_rows(), operator.right_rows()
         assert right is not None  # else r = d
-        if norm is not None:
-            left, right = left @ norm if folds_left else left, right @ norm
+        if block.read_attn is not None:
+            a, _ = _affine(block.read_attn, left)
+            left, right = left @ a if folds_left else left, right @ a
         rows += [left, right.repeat_interleave(operator.heads // operator.groups, 0)]
     basis = torch.linalg.qr(torch.cat(rows, 1).mT, mode="r").R
     ml, mr, fl, fr = basis.split([len(piece[0]) for piece in rows], -1)

@@ -29,7 +29,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from emformer import parts
-from emformer.configuration import read_yaml, revive
+from emformer.configuration import load_parts, parse, read_yaml, revive, settings_parser
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.settings import Settings
@@ -212,9 +212,17 @@ def _revision() -> str | None:
         return None
 
 
-def read_settings(path: str | Path) -> Settings:
-    """The settings in a YAML file, complete. Parts are named by their class path, or by class where they are loaded."""
-    return revive(read_yaml(path))
+def read_settings(path: str | Path, *more: str | Path) -> Settings:
+    """The settings in a YAML file, complete. Parts are named by their class path, or by class where they are loaded.
+
+    Further files go on top of it, as on the command line, and like there may name parts of modules that are then imported;
+    one file alone imports nothing.
+    """
+    if not more:
+        return revive(read_yaml(path))
+    load_parts()
+    words = [word for one in (path, *more) for word in ("-c", str(one))]
+    return Settings(**{name: value for name, value in vars(parse(settings_parser("", ""), words)).items() if name != "config"})
 
 
 @dataclass(frozen=True)

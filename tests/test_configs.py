@@ -12,11 +12,24 @@ import pytest
 import yaml
 
 from emformer import cli
-from emformer.records import load, read_journal
+from emformer.records import load, read_journal, read_settings
+from emformer.text import Grammar
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(FOLDER.rglob("*.yaml"))
 named = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
+
+
+def files(config: Path) -> list[str]:
+    """The options that name this configuration: a variant lies on top of the file that its own comment names."""
+    if config.parent.name != "variants":
+        return ["-c", str(config)]
+    name = config.stem
+    command = config.read_text().splitlines()[2]
+    run = rf"-c configs/variants/{name}.yaml --run runs/variants/{name}"
+    found = re.fullmatch(rf"#   emformer fit -c configs/(\w+).yaml {run}", command)
+    assert found, f"{config}: its third line should be the command that runs it"
+    return ["-c", str(FOLDER / f"{found[1]}.yaml"), "-c", str(config)]
 
 
 def paths(value: Any, prefix: str = "") -> list[str]:
@@ -92,12 +105,18 @@ def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFi
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     said = yaml.load(config.read_text(), Strict)
     with pytest.raises(SystemExit) as end:
-        cli.main(["fit", "-c", str(config), "--print_config"])
+        cli.main(["fit", *files(config), "--print_config"])
     assert not end.value.code
     resolved = set(paths(yaml.safe_load(capsys.readouterr().out)))
     # a part may be written {class_path: X} or X; `functional: {}` is a class without arguments
     missing = [name for name in paths(said) if name not in resolved]
     assert not missing, missing
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small grammar is tokenised once for all."""
+    return tmp_path_factory.mktemp("cache")
 
 
 SHRUNKEN = {
@@ -113,20 +132,18 @@ SHRUNKEN = {
 
 
 @named
-def test_it_trains_two_steps(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_it_trains_two_steps(config: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
     """With the model as it stands; only the batch, the text and what is shown are small (of GPT-2, one step of one row)."""
-    content = yaml.safe_load(config.read_text())
+    stated = read_settings(*files(config)[1::2])
     options: dict[str, Any] = SHRUNKEN | {"data.cache": tmp_path / "cache", "training.batch": 2}
-    corpus = content["data"]["corpus"]
-    name = corpus if isinstance(corpus, str) else corpus["class_path"]
-    if name == "Grammar":
-        options |= {"data.corpus.sentences": 2000}
-    if content["model"]["dim"] * content["model"]["context"] > 200_000:
+    if isinstance(stated.data.corpus, Grammar):
+        options |= {"data.corpus.sentences": 2000, "data.cache": cache}
+    if stated.model.dim * stated.model.context > 200_000:
         options |= {"training.batch": 1, "training.validation_windows": 1, "training.max_steps": 1, "training.sample": 0}
     steps = options["training.max_steps"]
     run = tmp_path / "run"
     words = [str(word) for key, value in options.items() for word in (f"--{key}", value)]
-    cli.main(["fit", "-c", str(config), "--run", str(run), *words])
+    cli.main(["fit", *files(config), "--run", str(run), *words])
     assert f"({steps} steps)" in capsys.readouterr().out
     found = list(read_journal(run / "metrics.jsonl"))
     losses = [row["train_loss"] for row in found if "train_loss" in row]
@@ -134,5 +151,5 @@ def test_it_trains_two_steps(config: Path, tmp_path: Path, capsys: pytest.Captur
     loaded = load(run)
     assert len(losses) == steps and losses[0] == pytest.approx(math.log(loaded.model.vocab), abs=0.6)
     assert losses[-1] < losses[0] + 0.5 and found[-1]["val_loss"] < losses[0] + 0.5
-    assert loaded.step == steps and loaded.config.model.depth == content["model"]["depth"]
+    assert loaded.step == steps and loaded.config.model == stated.model
     shutil.rmtree(run)  # gigabytes, of the large one

@@ -142,6 +142,16 @@ class MuonWithAdam(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]):
         super().__init__(groups, defaults)
 
+    @property
+    def flops(self) -> int:
+        """FLOPs of one step's orthogonalisations: 2 (2 m^2 n + m^3) an iteration and m x n matrix."""
+        total = 0
+        for group in self.param_groups:
+            for p in group["params"] if group["matrix"] else ():
+                m, n = min(p.shape[-2:]), max(p.shape[-2:])
+                total += group["iterations"] * 2 * (2 * m * m * n + m**3) * (p.numel() // (m * n))
+        return total
+
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         loss = None

@@ -176,18 +176,7 @@ def muon(rounds: int) -> dict:
             p.grad = gradient
         optimizer.step()
 
-    return alternating(alone, whole, rounds, 10) | {"goal": "<= 0.35", "optimizer_flops": muon_flops(model)}
-
-
-def muon_flops(model: torch.nn.Module) -> int:
-    """FLOPs of one orthogonalisation of every matrix: 2 (2 m^2 n + m^3) an iteration."""
-    total = 0
-    for group in Muon().build(model).param_groups:
-        if group["matrix"]:
-            for p in group["params"]:
-                m, n = min(p.shape[-2:]), max(p.shape[-2:])
-                total += group["iterations"] * 2 * (2 * m * m * n + m**3) * (p.numel() // (m * n))
-    return total
+    return alternating(alone, whole, rounds, 10) | {"goal": "<= 0.35", "optimizer_flops": optimizer.flops}
 
 
 def decoding(rounds: int) -> dict:

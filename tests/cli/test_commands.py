@@ -61,13 +61,13 @@ def test_help_of_a_part(emformer):
 # The frozen face: whoever adds or removes a setting changes this list, and the README with it.
 OPTIONS = """
 config data data.cache data.corpus data.max_tokens data.path data.tokenizer data.validation data.workers help loggers model
-model.content model.context model.depth model.dim model.drift model.dropout model.embedding model.embedding.positions
-model.embedding.std model.embedding.tied model.embedding.unembed_std model.epsilon model.ffn model.form model.functional
-model.heads model.kernel model.layers model.mask model.norm model.placement model.positions model.shared overwrite
-print_config resume run training training.accelerator training.accumulate training.batch training.clip training.devices
-training.max_steps training.nodes training.objective training.optimizer training.precision training.sample training.save_every
-training.schedule training.schedule.cooldown training.schedule.final training.schedule.warmup training.seed training.strategy
-training.validate_every training.validation_windows
+model.arrangement model.content model.context model.depth model.dim model.drift model.dropout model.embedding
+model.embedding.positions model.embedding.std model.embedding.tied model.embedding.unembed_std model.epsilon model.ffn
+model.form model.functional model.heads model.kernel model.layers model.mask model.norm model.placement model.positions
+model.shared overwrite print_config resume run training training.accelerator training.accumulate training.batch training.clip
+training.devices training.max_steps training.nodes training.objective training.optimizer training.penalties training.precision
+training.sample training.save_every training.schedule training.schedule.cooldown training.schedule.final
+training.schedule.warmup training.seed training.strategy training.validate_every training.validation_windows
 """
 
 
@@ -135,6 +135,20 @@ def test_info_counts_what_would_be_built(emformer, config: Path):
 def test_info_of_a_run(emformer, run: Path):
     found = emformer("info", run, "--which", "1")
     assert found.code == 0 and "step 1," in found.out and "vocabulary 257" in found.out
+
+
+def test_info_of_a_run_tells_what_became_of_its_operators(emformer, run: Path):
+    """A line a head under the nulls; a configuration has nothing trained to tell of."""
+    from emformer.diagnostics import diagnose
+    from emformer.records import load
+
+    found = emformer("info", run)
+    assert found.code == 0 and found.out.index("FLOPs a token") < found.out.index("null (random operators)")
+    told = re.findall(r"^(\d+) +(\d+) +([\d.]+)", found.out, re.MULTILINE)
+    rows = diagnose(load(run).model)
+    assert rows and [(int(layer), int(head)) for layer, head, _ in told] == [(row.layer, row.head) for row in rows]
+    assert [float(asym) for *_, asym in told] == pytest.approx([row.asym_form for row in rows], abs=6e-4)
+    assert "null (random" not in emformer("info", "-c", SMOKE, "--vocab", "50").out
 
 
 def test_fit_says_what_to_do_next(emformer, small: list[str], tmp_path: Path):

@@ -197,15 +197,15 @@ def test_the_subspace_tells_what_the_matrices_tell(seed, part, norm):
     """Narrow operators are looked at in the space that both live in; d = 12 > 4 r."""
     net = model(dim=D, heads=H, form=part, content=part, norm=norm, depth=1)
     found = effective(net.layer(0))
-    m, f, _ = _cores(net.layer(0))
+    m = _cores(net.layer(0))[0]
     assert m.shape[-1] < D
     assert (torch.linalg.svdvals(m) - torch.linalg.svdvals(found.form)[:, : m.shape[-1]]).abs().max() < 1e-12
     delta = compatibility(found.content, found.form).delta
     for row, w, other, expected in zip(diagnose(net), found.form, found.content, delta, strict=True):
         s, t = torch.linalg.svdvals(w), torch.linalg.svdvals(other)
-        for x, y, asym, attraction in (
-            (w, s, row.asym_form, row.attraction_form),
-            (other, t, row.asym_content, row.attraction_content),
+        for x, asym, attraction in (
+            (w, row.asym_form, row.attraction_form),
+            (other, row.asym_content, row.attraction_content),
         ):
             assert asym == pytest.approx(float(((x - x.mT) / 2).norm() ** 2 / x.norm() ** 2), abs=1e-12)
             values = torch.linalg.eigvalsh((x + x.mT) / 2)
