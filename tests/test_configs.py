@@ -10,26 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from configurations import CONFIGS, FOLDER, files, name
 
 from emformer import cli
 from emformer.records import load, read_journal, read_settings
 from emformer.text import Grammar
 
-FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
-named = pytest.mark.parametrize("config", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER).with_suffix("")))
-
-
-def files(config: Path) -> list[str]:
-    """The options that name this configuration: a variant lies on top of the file that its own comment names."""
-    if config.parent.name != "variants":
-        return ["-c", str(config)]
-    name = config.stem
-    command = config.read_text().splitlines()[2]
-    run = rf"-c configs/variants/{name}.yaml --run runs/variants/{name}"
-    found = re.fullmatch(rf"#   emformer fit -c configs/(\w+).yaml {run}", command)
-    assert found, f"{config}: its third line should be the command that runs it"
-    return ["-c", str(FOLDER / f"{found[1]}.yaml"), "-c", str(config)]
+named = pytest.mark.parametrize("config", CONFIGS, ids=name)
 
 
 def paths(value: Any, prefix: str = "") -> list[str]:
@@ -38,8 +25,8 @@ def paths(value: Any, prefix: str = "") -> list[str]:
         return []
     found = []
     for key, item in value.items():
-        name = f"{prefix}.{key}" if prefix else str(key)
-        found += [name, *paths(item, name)]
+        dotted = f"{prefix}.{key}" if prefix else str(key)
+        found += [dotted, *paths(item, dotted)]
     return found
 
 
@@ -109,7 +96,7 @@ def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFi
     assert not end.value.code
     resolved = set(paths(yaml.safe_load(capsys.readouterr().out)))
     # a part may be written {class_path: X} or X; `functional: {}` is a class without arguments
-    missing = [name for name in paths(said) if name not in resolved]
+    missing = [dotted for dotted in paths(said) if dotted not in resolved]
     assert not missing, missing
 
 

@@ -39,7 +39,10 @@ SHORT = {
     "training.devices": 1,
     "training.strategy": "auto",
 }
-SCRIPTS = {"train/compare.py": ["--steps", "2", "--every", "2", "--seeds", "1"]}
+SCRIPTS = {
+    "train/compare.py": ["--steps", "2", "--every", "2", "--seeds", "1"],
+    "train/variants.py": ["lowrank", "sinkhorn", "--steps", "2", "--rounds", "2"],
+}
 # words of a command that sets the project up; looked at, not run
 SETUP = {"git", "cd", "pip"}
 
@@ -153,9 +156,15 @@ def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_configurations_it_names_are_those_there_are():
     content = README.read_text()
-    there = {path.name for path in (ROOT / "configs").rglob("*.yaml")}
+    there = {path.name for path in (ROOT / "configs").glob("*.yaml")}
     told = set(re.findall(r"`(?:configs/)?([\w./-]+\.yaml)`", content)) - {"config.yaml"}
     assert told == there, told ^ there
+
+
+def test_its_table_has_every_variant():
+    variants = {path.stem for path in (ROOT / "configs" / "variants").glob("*.yaml")}
+    table = README.read_text().split("| variant |")[1].split("\n\n")[0]
+    assert set(re.findall(r"^\| ([\w-]+) +\|", table, re.MULTILINE)) == variants
 
 
 def test_the_files_it_names_are_there():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from configurations import CONFIGS, files, name
 
 from emformer import parts
 from emformer.cli import COMMANDS
@@ -18,7 +19,6 @@ from emformer.configuration import revive, settings_parser
 
 ROOT = Path(__file__).parents[2]
 SMOKE = ROOT / "configs" / "smoke.yaml"
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
@@ -49,8 +49,8 @@ def test_without_a_word_it_shows_the_overview(emformer):
     for words, code in (([], 2), (["--help"], 0), (["-h"], 0)):
         found = emformer(*words)
         assert found.code == code
-        for name in COMMANDS:
-            assert re.search(rf"^  {name} ", found.out, re.MULTILINE), name
+        for command in COMMANDS:
+            assert re.search(rf"^  {command} ", found.out, re.MULTILINE), command
 
 
 def test_help_of_a_part(emformer):
@@ -84,9 +84,9 @@ def test_the_options_of_fit_are_what_they_are(monkeypatch: pytest.MonkeyPatch):
     assert set(COMMANDS) == {"fit", "validate", "generate", "info"}
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_printed_settings_come_back(emformer, config: Path):
-    printed = emformer("fit", "-c", config, "--model.depth", "3", "--print_config")
+    printed = emformer("fit", *files(config), "--model.depth", "3", "--print_config")
     assert printed.code == 0
     settings = yaml.safe_load(printed.out)
     assert settings["model"]["depth"] == 3 and settings.keys() >= {"model", "data", "training", "loggers"}
@@ -112,17 +112,17 @@ def test_later_files_and_options_win(emformer, tmp_path: Path):
     assert found["ffn"]["class_path"].endswith("SwiGLU")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
 def test_info_counts_what_would_be_built(emformer, config: Path):
     import torch
 
     from emformer.model import Emformer
 
-    found = emformer("info", "-c", config, "--vocab", "777")
+    found = emformer("info", *files(config), "--vocab", "777")
     assert found.code == 0 and not found.err
     told = int(re.search(r"^parameters\s+([\d,]+)", found.out, re.MULTILINE)[1].replace(",", ""))
     parser = settings_parser("test", "")
-    settings = parser.instantiate(parser.parse_args(["-c", str(config)]))
+    settings = parser.instantiate(parser.parse_args(files(config)))
     vocab = 777 + settings.training.objective.extra_tokens
     assert f"vocabulary {vocab:,}" in found.out
     with torch.device("meta"):
