@@ -16,8 +16,8 @@ FLASH_WIDTH = 256  # widest head that the flash kernels of GPUs take
 class LayerCost:
     """One layer. Multiply-adds are per token at the full context, forward only; FLOPs are twice as many.
 
-    `cache` counts the numbers that decoding keeps per token; `visible` is the mean number of keys a query sees. `setup` is
-    multiply-adds once a pass, to make M and F from what they are parameterised by.
+    `cache` counts the numbers that decoding keeps per token; `visible` is the mean number of keys a query sees. `setup` and
+    `setup_back` are multiply-adds once a forward and once a backward pass, to make M and F from their parameters.
     """
 
     form: str
@@ -27,6 +27,7 @@ class LayerCost:
     cache: int
     projections: int
     setup: int
+    setup_back: int
     attention: int
     ffn: int
     visible: float
@@ -63,6 +64,10 @@ class Costs:
         """FLOPs once a forward pass, however many tokens: constrained operators made from their parameters."""
         return 2 * sum(layer.setup for layer in self.layers)
 
+    def step_flops(self, tokens: int) -> int:
+        """FLOPs of the forward and backward pass of a batch of so many tokens; the optimiser's are apart."""
+        return self.training_flops * tokens + 2 * sum(layer.setup + layer.setup_back for layer in self.layers)
+
 
 def costs(vocab: int, settings: Model) -> Costs:
     """Count what a model of these settings would hold and compute. Built without memory, on the meta device."""
@@ -88,6 +93,7 @@ def costs(vocab: int, settings: Model) -> Costs:
                 cache=attention.cache_numbers,
                 projections=form.macs + content.macs,
                 setup=form.setup_macs + content.setup_macs,
+                setup_back=form.setup_back + content.setup_back,
                 attention=settings.heads * kernel,
                 ffn=ffn,
                 visible=visible,

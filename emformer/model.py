@@ -32,7 +32,12 @@ class Emformer(nn.Module):
 
     Raises:
         UserError: for a combination that cannot be built.
+
+    `surgery` says what was changed since it was built, one line a change (`emformer.surgery`); where it says anything, the
+    settings do not describe the model wholly.
     """
+
+    surgery: tuple[str, ...] = ()
 
     def __init__(self, vocab: int, **fields: Any):
         super().__init__()

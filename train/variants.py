@@ -28,50 +28,42 @@ FOLDER = Path(__file__).parents[1] / "configs" / "variants"
 
 def settings(name: str) -> emf.Settings:
     """The variant on top of the configuration that its own comment names."""
-    base = re.search(r"fit -c (\S+)", (FOLDER / f"{name}.yaml").read_text())[1]
+    (base,) = re.findall(r"fit -c (\S+) -c", (FOLDER / f"{name}.yaml").read_text())
     return emf.read_settings(FOLDER.parents[1] / base, FOLDER / f"{name}.yaml")
 
 
 def stepper(config: emf.Settings, vocab: int):
-    """(a training step on random tokens, its FLOPs counted)."""
+    """(seconds that a training step on random tokens takes, its FLOPs counted)."""
     model, training = emf.Emformer(vocab, **vars(config.model)), config.training
     optimizer, tokens = training.optimizer.build(model), torch.randint(vocab, (training.batch, config.model.context))
 
-    def step() -> None:
+    def seconds() -> float:
+        begin = time.perf_counter()
         functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         for penalty in training.penalties:
             penalty.shrink(model, 1e-9)
+        return time.perf_counter() - begin
 
-    counted = costs(vocab, config.model)
-    return step, counted.training_flops * tokens.numel() + 3 * counted.setup_flops + getattr(optimizer, "flops", 0)
-
-
-def seconds(step) -> float:
-    begin = time.perf_counter()
-    step()
-    return time.perf_counter() - begin
+    return seconds, costs(vocab, config.model).step_flops(tokens.numel()) + getattr(optimizer, "flops", 0)
 
 
 def main() -> None:
     given = options.parse_args()
-    print(
-        "| variant | loss | attention skipped | step time | FLOPs | parameters | cache a token |\n|---|---|---|---|---|---|---|"
-    )
+    columns = "variant", "loss", "attention skipped", "seconds", "step time", "FLOPs", "parameters", "cache a token"
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in given.names or sorted(path.stem for path in FOLDER.glob("*.yaml")):
         config = settings(name)
         config = replace(config, training=replace(config.training, max_steps=given.steps or config.training.max_steps, sample=0))
+        begin = time.perf_counter()
         run = emf.load(emf.fit(config, given.runs / name, resume=True).path)
-        skipped = evaluate(replace(run, model=surgery.skip(run.model, "attn")))
-        (ours, flops), (base, base_flops) = stepper(config, run.model.vocab), stepper(settings("lowrank"), run.model.vocab)
-        pairs = [(seconds(ours), seconds(base)) for _ in range(given.rounds + 2)][2:]
+        took, skipped = time.perf_counter() - begin, replace(run, model=surgery.skip(run.model, "attn"))
+        (ours, flops), (base, of_base) = (stepper(one, run.model.vocab) for one in (config, settings("lowrank")))
+        ratio = statistics.median(ours() / base() for _ in range(given.rounds + 2))
         counted = costs(run.model.vocab, config.model)
-        print(
-            f"| {name} | {evaluate(run).loss:.3f} | {skipped.loss:.3f} | {statistics.median(a / b for a, b in pairs):.2f} "
-            f"| {flops / base_flops:.2f} | {counted.parameters:,} | {counted.cache} |",
-            flush=True,
-        )
+        figures = f"{evaluate(run).loss:.3f} | {evaluate(skipped).loss:.3f} | {took:.0f} | {ratio:.2f} | {flops / of_base:.2f}"
+        print(f"| {name} | {figures} | {counted.parameters:,} | {counted.cache} |", flush=True)
 
 
 if __name__ == "__main__":

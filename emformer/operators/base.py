@@ -35,12 +35,14 @@ class Operator(nn.Module, ABC):
     parameterisation (math I); 1 where a name is missing. `claims`: what W is whatever its parameters are, among "symmetric",
     "psd", "skew", "orthogonal" (times a number), "scalar", and of a content "tied" (F = c M) or "metric" (F = P M, P positive
     definite). `assignable`: takes another left factor. Costs, in multiply-adds: `macs` a token, of `left` and `right` or of
-    `right` and `lift`; `setup_macs` once a pass, to make the factors from the parameters.
+    `right` and `lift`; `setup_macs` once a forward pass, to make the factors from the parameters, and `setup_back` in the
+    backward pass (of a matrix exponential, one of twice the size).
     """
 
     identity_right: bool = False
     claims: tuple[str, ...] = ()
     setup_macs: int = 0
+    setup_back: int = 0
     assignable: bool = False
 
     def __init__(self, dim: int, heads: int, groups: int, rank: int, rates: dict[str, float]):
@@ -177,7 +179,8 @@ class Bound(Operator):
 
     def __init__(self, form: Operator, rates: dict[str, float]):
         super().__init__(form.dim, form.heads, form.groups, form.rank, rates)
-        self.identity_right, self.setup_macs = form.identity_right, form.setup_macs
+        self.identity_right = form.identity_right
+        self.setup_macs, self.setup_back = form.setup_macs, form.setup_back
         self._form = (form,)  # a tuple is no submodule
 
     @property

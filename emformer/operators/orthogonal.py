@@ -57,7 +57,8 @@ class ScaledOrthogonalOperator(FullRank):
         super().__init__(dim, heads, rates)
         self.map, self.reflect = map_, reflect
         self.generator, self.scale = nn.Parameter(generator), nn.Parameter(torch.full((heads,), scale))
-        self.setup_macs = heads * dim**3 * 6 if map_ == "exp" else heads * dim**3 * 4 // 3
+        cube = heads * dim**3
+        self.setup_macs, self.setup_back = (6 * cube, 48 * cube) if map_ == "exp" else (4 * cube // 3, 2 * cube)
 
     def left_rows(self) -> Rows:
         k = (self.generator.mT - self.generator) / 2  # of Q^T

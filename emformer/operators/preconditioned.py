@@ -36,6 +36,7 @@ class PreconditionedOperator(Bound):
     def __init__(self, form: Operator, log: Tensor, rates: dict[str, float]):
         super().__init__(form, rates)
         self.setup_macs += 6 * form.dim**3
+        self.setup_back += 48 * form.dim**3  # an exponential of twice the size
         self.log = nn.Parameter(log)
 
     @property

@@ -54,7 +54,7 @@ def copied(
             copy.settings = replace(settings, shared=False)
         else:
             chosen = [0]
-    setattr(copy, "surgery", (*getattr(model, "surgery", ()), line))  # noqa: B010
+    copy.surgery = (*model.surgery, line)
     mask = torch.zeros(settings.heads, dtype=torch.bool, device=copy.embedding.weight.device)
     mask[marked] = True
     return copy, chosen, mask
@@ -103,7 +103,8 @@ class Shifted(Operator):
 
     def __init__(self, inner: Operator, mean: Tensor):
         super().__init__(inner.dim, inner.heads, inner.groups, inner.rank, {})
-        self.identity_right, self.setup_macs = inner.identity_right, inner.setup_macs
+        self.identity_right = inner.identity_right
+        self.setup_macs, self.setup_back = inner.setup_macs, inner.setup_back
         self.inner = inner
         self.register_buffer("mean", mean)
 

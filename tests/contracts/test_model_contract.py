@@ -420,6 +420,46 @@ def test_it_compiles_as_one_graph(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+TRACED = """
+import sys
+import torch
+from torch.nn import functional
+from builders import model, words
+from test_model_contract import COMPOSED, SINGLE
+
+for case in SINGLE + COMPOSED:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    fields = case.values[0]
+    net, tokens = model(**({} if "layers" in fields else {"depth": 1}) | fields), words(10)
+    # a kernel that iterates to a tolerance looks at numbers, and so breaks the graph
+    whole = all(net.layer(k).attention.kernel.rowwise for k in range(net.settings.depth))
+    traced = torch.compile(net, backend="aot_eager", fullgraph=whole)
+    found = []
+    for one in (net, traced):
+        logits = one(tokens)
+        net.zero_grad()
+        functional.cross_entropy(logits.flatten(0, 1), tokens.flatten()).backward()
+        found.append([logits.detach(), *(p.grad.clone() for p in net.parameters() if p.grad is not None)])
+    error = max(float((a - b).abs().max()) for a, b in zip(*found, strict=True))
+    if not error < 1e-9:
+        print(case.id, error)
+        sys.exit(1)
+print(len(SINGLE + COMPOSED))
+"""
+
+
+@pytest.mark.slow
+def test_every_variant_is_traced_with_the_same_numbers(tmp_path):
+    """`torch.compile` up to the point where code is generated: graphs are captured, functionalised and differentiated."""
+    here = Path(__file__).parents[1]
+    path = os.pathsep.join(map(str, (here.parent, here, here / "contracts")))
+    there = os.environ | {"PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", TRACED], env=there, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    assert int(done.stdout) == len(SINGLE + COMPOSED)
+
+
 # Generation -----------------------------------------------------------------------------------------------------------
 
 

@@ -128,6 +128,8 @@ def test_decoding_equals_the_full_forward(seed, name):
 @EVERY
 def test_decoding_in_single_precision(seed, name):
     net, tokens = build(name, dtype=torch.float32), words(12)
+    if net.layer(0).attention.kernel.sparse:
+        pytest.skip("which tokens are taken hangs on the last bit of a score")
     for cuts in ([1] * 12, [5] + [1] * 7):
         assert per_token(decode(net, tokens, cuts)[0], last(net, tokens)) < 1e-5
 

@@ -74,7 +74,7 @@ def test_tokens_stay_on_the_sphere(seed, norm, arrangement):
 @torch.no_grad()
 def test_the_sphere_is_the_model_of_the_theory(seed):
     """theta' = normalise(theta + eps f P_theta sum_j a_ij theta_j), a = softmax(m d theta.theta): SA with beta = m d (E.1)."""
-    m, f, eps, d = 0.4, 0.7, 0.5, 8
+    m, f, eps, d = 0.5, 0.75, 0.5, 8
     net = model(
         form=Identity(scale=m, learned=False),
         content=Identity(scale=f, learned=False),
@@ -111,7 +111,7 @@ def test_a_parallel_block_by_hand(seed):
 
 @torch.no_grad()
 def test_a_sandwich_writes_updates_of_one_length(seed):
-    net = model(placement=SandwichNorm(), norm=RMSNorm(gain=False), ffn=GELU())
+    net = model(placement=SandwichNorm(), norm=RMSNorm(gain=False, eps=1e-12), ffn=GELU())
     for step in net.flow(words(T)):
         assert (step.update.norm(dim=-1) / math.sqrt(8) - 1).abs().max() < 1e-5
 
