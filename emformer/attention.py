@@ -13,6 +13,7 @@ from emformer.kernels import Kernel
 from emformer.kernels.base import mix
 from emformer.masks import Visible, visible
 from emformer.operators import Operator
+from emformer.operators.base import full_rate
 from emformer.parts import UserError
 from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
@@ -63,7 +64,12 @@ class Biases(nn.Module):
 
     def __init__(self, form: Operator, key: bool):
         super().__init__()
-        self.rates = {"left": form.rates.get("left_factor", 1.0), "right": form.rates.get("right_factor", 1.0)}
+        shared = form.rates.get("factor", 1.0)
+        full = full_rate("form", form.dim, form.heads)
+        self.rates = {
+            "left": full if form.identity_right else form.rates.get("left_factor", shared),
+            "right": form.rates.get("right_factor", shared),
+        }
         self.left = nn.Parameter(torch.zeros(form.heads, form.rank))
         self.right = nn.Parameter(torch.zeros(form.groups, form.rank)) if key else None
 
@@ -104,7 +110,7 @@ class Attention(nn.Module):
         self.form, self.content, self.kernel, self.mask = form, content, kernel, mask
         self.positions = nn.ModuleList(positions)
         on_keys = any(position.acts_on_keys for position in positions)
-        if functional is not None and kernel.column_invariant and not on_keys:
+        if functional is not None and kernel.column_invariant and not (on_keys or any(p.reads_factors for p in positions)):
             raise UserError(f"the kernel {name} does not notice a functional of the key: leave out model.functional.")
         key_bias = functional is not None and (on_keys or not kernel.row_invariant)
         self.biases = None if functional is None else Biases(form, key_bias)
@@ -121,7 +127,9 @@ class Attention(nn.Module):
 
     def update(self, y: Cloud, i: Index, memory: Memory | None = None) -> tuple[Mixture | None, Cloud]:
         """Mixture z and update D. Decoding a small model does without the mixture: z is None."""
-        if memory is not None and memory.length and self.folds:
+        # a key bias may also come later, by surgery; M, u and F do not know it
+        keyed = self.biases is not None and self.biases.right is not None
+        if memory is not None and memory.length and self.folds and not keyed:
             return None, self._folded(y, i, memory)
         z = self(y, i, memory)
         return z, self.lift(z)

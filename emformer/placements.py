@@ -130,7 +130,8 @@ class Tangent(Shape):
         return self.pieces(x, update, update)
 
     def pieces(self, x: Tensor, update: Tensor, pieces: Tensor) -> Tensor:
-        return pieces - (x * pieces).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True) * x
+        square = x.square().sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        return pieces - (x * pieces).sum(-1, keepdim=True) / square * x
 
     def rest(self, dim: int) -> Tensor | float:
         return 0.0

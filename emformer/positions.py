@@ -55,7 +55,7 @@ class RoPE(parts.Position):
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise UserError(f"RoPE: fraction is {self.fraction}; choose a share of the coordinates in (0, 1].")
-        if self.base <= 0:
+        if not 0 < self.base < math.inf:
             raise UserError(f"RoPE: base is {self.base}; choose a positive number such as 10000.")
 
     @classmethod

@@ -127,6 +127,8 @@ class Model:
         for name in ("dim", "depth", "heads", "context"):
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; choose at least 1.")
+        if not abs(self.epsilon) < float("inf"):
+            raise UserError(f"model.epsilon is {self.epsilon}; choose a finite step size such as 1.")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout is {self.dropout}; choose a share in [0, 1).")
         own = {f.name for f in fields(self)} & set(Layer.__annotations__)

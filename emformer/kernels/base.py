@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 from torch import nn
 
 from emformer.masks import Visible
+from emformer.parts import UserError
 from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
 
@@ -62,6 +65,21 @@ class Direct(Kernel):
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         return keys * (rank + width)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tempered:
+    """What kernels of a score share.
+
+    Args:
+        beta: inverse temperature, positive; to turn relevance round, turn the sign of M. The score's own scale is inside M.
+    """
+
+    beta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < math.inf:
+            raise UserError(f"{type(self).__name__}: beta is {self.beta}; choose a positive number such as 1.")
 
 
 def scores(u: Queries, v: Keys) -> Weights:

@@ -8,25 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from emformer import parts
-from emformer.kernels.base import Kernel, scores
+from emformer.kernels.base import Kernel, Tempered, scores
 from emformer.kernels.softmax import attend, fused_macs, masked_softmax
 from emformer.masks import Visible
 from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
 
 @dataclass(frozen=True)
-class L2(parts.Kernel):
+class L2(Tempered, parts.Kernel):
     """a_ij proportional to exp(-beta |u_i - v_j|^2 / 2) over what is visible. Source: math A.8, S3.
 
     The cross term is beta u.v, the score of dot-product attention: with Q = L^T/sqrt(2) and K = R^T/sqrt(2) this is
     exp(-beta |Qx - Ky|^2). Leaves are ellipsoids. What differs from softmax is the bias -beta |v_j|^2/2 of the key, which
     depends on the factors and not on M alone; a form whose factors are of one size suits it (`LowRank(balanced=True)`).
 
-    Args:
-        beta: inverse temperature.
     """
-
-    beta: float = 1.0
 
     @classmethod
     def examples(cls) -> Sequence[L2]:

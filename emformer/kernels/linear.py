@@ -6,22 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emformer import parts
-from emformer.kernels.base import Kernel, mix, scores
+from emformer.kernels.base import Kernel, Tempered, mix, scores
 from emformer.masks import Visible
 from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
 
 @dataclass(frozen=True)
-class Linear(parts.Kernel):
+class Linear(Tempered, parts.Kernel):
     """a_ij = beta s_ij / n, n the number of visible tokens: weights of either sign. Source: math A.2, S3.
 
     Where every token sees every other the keys and contents are summed first, at a cost without N^2.
 
-    Args:
-        beta: scale of the weights.
     """
-
-    beta: float = 1.0
 
     @classmethod
     def examples(cls) -> Sequence[Linear]:
@@ -41,7 +37,9 @@ class LinearKernel(Kernel):
         self.beta = beta
 
     def forward(self, u: Queries, v: Keys, c: Contents, visible: Visible) -> Mixture:
-        if visible.table is None and not visible.triangle and v.shape[1] == c.shape[1]:
+        if visible.table is None and not visible.triangle and u.shape[-2] > 1:
+            if v.shape[1] != c.shape[1]:
+                v, c = (x.repeat_interleave(u.shape[1] // x.shape[1], 1) for x in (v, c))
             memory = v.mT @ c * (self.beta / v.shape[-2])  # (B, G, r, c)
             return mix(u, memory)
         return mix(self.weights(u, v, visible), c)

@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emformer import parts
-from emformer.kernels.base import Direct, scores
+from emformer.kernels.base import Direct, Tempered, scores
 from emformer.masks import Visible
 from emformer.types import Keys, Queries, Weights
 
 
 @dataclass(frozen=True)
-class Sigmoid(parts.Kernel):
-    """a_ij = sigma(beta s_ij - log n), n the number of visible tokens. Rows do not sum to 1, but are near it at s = 0.
-
-    Args:
-        beta: inverse temperature.
-    """
-
-    beta: float = 1.0
+class Sigmoid(Tempered, parts.Kernel):
+    """a_ij = sigma(beta s_ij - log n), n the number of visible tokens. Rows do not sum to 1, but are near it at s = 0."""
 
     @classmethod
     def examples(cls) -> Sequence[Sigmoid]:

@@ -10,25 +10,23 @@ from torch import nn
 from torch.nn import functional
 
 from emformer import parts
-from emformer.kernels.base import Kernel, scores
+from emformer.kernels.base import Kernel, Tempered, scores
 from emformer.kernels.softmax import attend, fused_macs, masked_softmax
 from emformer.masks import Visible
 from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
 
 @dataclass(frozen=True)
-class SinkSoftmax(parts.Kernel):
+class SinkSoftmax(Tempered, parts.Kernel):
     """a_ij = exp(beta s_ij) / (exp(beta b_h) + sum_{j' visible} exp(beta s_ij')): one more key for each head, of score b_h.
 
     The mass that it takes goes to its value, a vector of E mapped by the content as every token is. Rows of a sum to less than
     1, so key and value biases count (math A.2). The zero form (`learned: false`) has score 0 and value 0.
 
     Args:
-        beta: inverse temperature.
         learned: learn b_h and the value of each head; both start at 0.
     """
 
-    beta: float = 1.0
     learned: bool = True
 
     @classmethod

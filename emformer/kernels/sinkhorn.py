@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from emformer import parts
-from emformer.kernels.base import Direct, scores
+from emformer.kernels.base import Direct, Tempered, scores
 from emformer.masks import Visible
 from emformer.parts import UserError
 from emformer.types import Keys, Queries, Weights
 
 
 @dataclass(frozen=True)
-class Sinkhorn(parts.Kernel):
+class Sinkhorn(Tempered, parts.Kernel):
     """a_ij = exp(beta s_ij + f_i + g_j), doubly stochastic. Source: math A.2, A.8, E.6; Sander et al. 2022, S3.
 
     The potentials f and g take up any function of the query and any function of the key, so no bias counts. Not under a causal
@@ -29,18 +29,19 @@ class Sinkhorn(parts.Kernel):
     two passes over the weights an iteration, and an N x N solve.
 
     Args:
-        beta: inverse temperature.
         tolerance: largest error of a column sum before the Newton step; after it, its square.
         iterations: at most this many before Newton's method; a warning says if both were too few.
     """
 
-    beta: float = 1.0
     tolerance: float = 1e-4
     iterations: int = 60
 
     def __post_init__(self) -> None:
-        if not self.tolerance > 0 or self.iterations < 1:
-            raise UserError(f"Sinkhorn: tolerance is {self.tolerance} and iterations {self.iterations}; choose positive numbers.")
+        super().__post_init__()
+        if not 0 < self.tolerance < 1 or self.iterations < 1:
+            raise UserError(
+                f"Sinkhorn: tolerance is {self.tolerance} and iterations {self.iterations}; choose one in (0, 1) and at least 1."
+            )
 
     @classmethod
     def examples(cls) -> Sequence[Sinkhorn]:
@@ -101,7 +102,7 @@ class SinkhornKernel(Direct):
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         # about ten iterations of two passes over the weights; P^T P and a solve, for all queries together
-        return keys * (rank + width + 20) + keys * keys * 5 // 3
+        return keys * (rank + width + 20) + keys * keys * 4 // 3
 
 
 _NEWTON = 30  # steps at most

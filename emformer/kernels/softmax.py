@@ -9,20 +9,14 @@ import torch
 from torch.nn import functional
 
 from emformer import parts
-from emformer.kernels.base import Kernel, scores
+from emformer.kernels.base import Kernel, Tempered, scores
 from emformer.masks import Visible
 from emformer.types import Contents, Keys, Mixture, Queries, Weights
 
 
 @dataclass(frozen=True)
-class Softmax(parts.Kernel):
-    """a_ij = exp(beta s_ij) / sum_{j' visible} exp(beta s_ij'). Source: math 0, B (minimiser of the free energy).
-
-    Args:
-        beta: inverse temperature. The score's own scale 1/sqrt(r) is inside M, not here.
-    """
-
-    beta: float = 1.0
+class Softmax(Tempered, parts.Kernel):
+    """a_ij = exp(beta s_ij) / sum_{j' visible} exp(beta s_ij'). Source: math 0, B (minimiser of the free energy)."""
 
     @classmethod
     def examples(cls) -> Sequence[Softmax]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from emformer import parts
-from emformer.kernels.base import Direct, scores
+from emformer.kernels.base import Direct, Tempered, scores
 from emformer.kernels.softmax import masked_softmax
 from emformer.masks import Visible
 from emformer.parts import UserError
@@ -14,18 +16,17 @@ from emformer.types import Keys, Queries, Weights
 
 
 @dataclass(frozen=True)
-class TopK(parts.Kernel):
+class TopK(Tempered, parts.Kernel):
     """Softmax over the k highest scores of the visible tokens, 0 elsewhere; scores equal to the k-th all stay.
 
     Args:
         k: tokens that a query takes from.
-        beta: inverse temperature.
     """
 
     k: int = 8
-    beta: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.k < 1:
             raise UserError(f"TopK: k is {self.k}; choose at least 1.")
 
@@ -50,5 +51,7 @@ class TopKKernel(Direct):
         s = self.beta * scores(u, v)
         table = visible.dense(*s.shape[-2:], s.device)
         seen = s.detach().masked_fill(~table, float("-inf"))
-        lowest = seen.topk(min(self.k, s.shape[-1]), -1).values[..., -1:]
+        best = seen.topk(min(self.k, s.shape[-1]), -1).values
+        # scores that are equal but for rounding are equal: which of them stay must not hang on how they were summed
+        lowest = best[..., -1:] - 64 * torch.finfo(s.dtype).eps * best[..., :1].abs().clamp(min=1)
         return masked_softmax(s.masked_fill(seen < lowest, float("-inf")), visible)

@@ -6,27 +6,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from emformer import parts
-from emformer.kernels.base import Direct, scores
+from emformer.kernels.base import Direct, Tempered, scores
 from emformer.masks import Visible
 from emformer.parts import UserError
 from emformer.types import Keys, Queries, Weights
 
 
 @dataclass(frozen=True)
-class Unnormalised(parts.Kernel):
+class Unnormalised(Tempered, parts.Kernel):
     """a_ij = exp(clip(beta s_ij)) / n, n the number of visible tokens (USA). Source: math E.1, K; S3.
 
     With M symmetric and F = M, attention is then exactly a gradient.
 
     Args:
-        beta: inverse temperature.
         clip: beta s is cut to [-clip, clip], so that no weight leaves [e^-clip, e^clip]/n; null for no cut.
     """
 
-    beta: float = 1.0
     clip: float | None = 10.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.clip is not None and not self.clip > 0:
             raise UserError(f"Unnormalised: clip is {self.clip}; choose a positive number, or null for none.")
 

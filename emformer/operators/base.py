@@ -40,6 +40,7 @@ class Operator(nn.Module, ABC):
     """
 
     identity_right: bool = False
+    generators: tuple[str, ...] = ()  # parameters that are logarithms: weight decay would not shrink W but turn it towards I
     claims: tuple[str, ...] = ()
     setup_macs: int = 0
     setup_back: int = 0
@@ -238,11 +239,11 @@ def factor_rate(std: float, dim: int) -> float:
 
 
 def constant(module: nn.Module, name: str, value: Tensor, learned: bool) -> None:
-    """Give `module` this tensor: as a parameter where it is learned, else as a buffer that is no part of its state."""
+    """Give `module` this tensor: as a parameter where it is learned, else as a buffer. Both are part of its state."""
     if learned:
         module.register_parameter(name, nn.Parameter(value))
     else:
-        module.register_buffer(name, value, persistent=False)
+        module.register_buffer(name, value)
 
 
 def per_head(x: Tensor) -> Tensor:

@@ -29,8 +29,8 @@ class Identity(Sizes, parts.Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise UserError(f"Identity: scale is {self.scale}; choose a finite number.")
+        if self.scale is not None and not abs(self.scale) <= 1e6:
+            raise UserError(f"Identity: scale is {self.scale}; choose a number of modest size.")
 
     @classmethod
     def examples(cls) -> Sequence[Identity]:
@@ -42,7 +42,7 @@ class Identity(Sizes, parts.Operator):
 
 
 class IdentityOperator(Operator):
-    """`scale` (H,) is c: a parameter where it is learned, else a constant that is not part of the state."""
+    """`scale` (H,) is c: a parameter where it is learned, else a buffer."""
 
     identity_right = True
     claims = ("symmetric", "orthogonal", "scalar")

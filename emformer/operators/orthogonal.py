@@ -51,6 +51,7 @@ class ScaledOrthogonalOperator(FullRank):
     """`generator` (H, d, d) is A, `scale` (H,) is c."""
 
     claims = ("orthogonal",)
+    generators = ("generator",)
 
     def __init__(self, generator: torch.Tensor, scale: float, map_: str, reflect: bool, rates: dict[str, float]):
         heads, dim, _ = generator.shape

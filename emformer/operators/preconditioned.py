@@ -32,6 +32,7 @@ class PreconditionedOperator(Bound):
     """`log` (1, d, d) is B."""
 
     claims = ("metric",)
+    generators = ("log",)
 
     def __init__(self, form: Operator, log: Tensor, rates: dict[str, float]):
         super().__init__(form, rates)

@@ -31,8 +31,8 @@ class Split(Sizes, parts.Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.theta):
-            raise UserError(f"Split: theta is {self.theta}; choose a finite number.")
+        if not abs(self.theta) <= 1e6:
+            raise UserError(f"Split: theta is {self.theta}; choose a number of modest size.")
 
     @classmethod
     def examples(cls) -> Sequence[Split]:
@@ -46,7 +46,7 @@ class Split(Sizes, parts.Operator):
 
 
 class SplitOperator(FullRank):
-    """`weight` (H, d, d) is B; `theta` (H,) is a parameter where it is learned, else a buffer that is not part of the state."""
+    """`weight` (H, d, d) is B; `theta` (H,) is a parameter where it is learned, else a buffer."""
 
     theta: Tensor
     assignable = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,8 +30,8 @@ class Tied(Sizes, parts.Operator):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale is not None and not math.isfinite(self.scale):
-            raise UserError(f"Tied: scale is {self.scale}; choose a finite number.")
+        if self.scale is not None and not abs(self.scale) <= 1e6:
+            raise UserError(f"Tied: scale is {self.scale}; choose a number of modest size.")
 
     @classmethod
     def examples(cls) -> Sequence[Tied]:

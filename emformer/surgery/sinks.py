@@ -73,7 +73,7 @@ def remove_sink(model: Emformer, position: int | None = None, layers: Which = No
                     f"remove_sink: the kernel of layer {layer} is not one softmax with a sink; name the position of a token."
                 )
             block.attention = exchanged(attention, SoftmaxKernel(kernel.beta).train(kernel.training), marked)
-            told[layer] = {"kernel": Softmax(kernel.beta)}
+            told[layer] = {"kernel": Softmax(beta=kernel.beta)}
             continue
         _check(model, position)
         if not kernel.rowwise:

@@ -37,8 +37,8 @@ class AdamW(parts.Optimizer):
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         groups: dict[tuple[float, float], list[Tensor]] = defaultdict(list)
-        for parameter, rate, matrix in _parameters(model):
-            groups[rate, self.weight_decay if matrix else 0.0].append(parameter)
+        for parameter, rate, matrix, decays in _parameters(model):
+            groups[rate, self.weight_decay if matrix and decays else 0.0].append(parameter)
         return torch.optim.AdamW(
             # the decay is divided by the multiplier that the optimiser applies to it: weights shrink alike, whatever their rate
             [{"params": p, "lr": self.rate * rate, "weight_decay": decay / rate} for (rate, decay), p in groups.items()],
@@ -81,18 +81,18 @@ class Muon(parts.Optimizer):
             raise parts.UserError(f"Muon: iterations is {self.iterations}; choose 1 to {len(_POLAR)}.")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        groups: dict[tuple[bool, float], list[Tensor]] = defaultdict(list)
-        for parameter, rate, matrix in _parameters(model):
-            groups[matrix, rate].append(parameter)
+        groups: dict[tuple[bool, float, bool], list[Tensor]] = defaultdict(list)
+        for parameter, rate, matrix, decays in _parameters(model):
+            groups[matrix, rate, decays].append(parameter)
         return MuonWithAdam(
             [
                 {
                     "params": p,
                     "lr": (self.rate if matrix else self.adam_rate) * rate,
-                    "weight_decay": self.weight_decay / rate,
+                    "weight_decay": self.weight_decay / rate if decays else 0.0,
                     "matrix": matrix,
                 }
-                for (matrix, rate), p in groups.items()
+                for (matrix, rate, decays), p in groups.items()
             ],
             {
                 "momentum": self.momentum,
@@ -113,8 +113,10 @@ def _check(setting: AdamW | Muon) -> None:
             raise parts.UserError(f"{name}: {field} is {value}; choose a number from 0 up.")
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
-    """Each trainable parameter once, with its rate multiplier and whether it is a matrix inside a block."""
+def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool, bool]]:
+    """Each trainable parameter once, with its rate multiplier, whether it is a matrix inside a block, and whether decay shrinks
+    what it stands for."""
+    logarithms: set[int] = set()
     rates: dict[int, float] = {}
     matrices: set[int] = set()
     vectors: set[int] = set()  # embeddings are rows of vectors, not maps, also when they unembed
@@ -124,6 +126,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
         elif isinstance(module, Operator):
             rates |= {id(p): module.rates.get(name, 1.0) for name, p in module.named_parameters()}
             matrices |= {id(p) for p in module.parameters() if p.ndim == 3}  # (heads, ., .)
+            logarithms |= {id(getattr(module, name)) for name in module.generators}
         elif isinstance(module, nn.Linear):
             matrices.add(id(module.weight))
         elif isinstance(module, nn.Embedding):
@@ -133,7 +136,7 @@ def _parameters(model: nn.Module) -> Iterator[tuple[Tensor, float, bool]]:
     for parameter in model.parameters():
         if parameter.requires_grad:
             key = id(parameter)
-            yield parameter, rates.get(key, 1.0), key in matrices and key not in vectors
+            yield parameter, rates.get(key, 1.0), key in matrices and key not in vectors, key not in logarithms
 
 
 class MuonWithAdam(torch.optim.Optimizer):

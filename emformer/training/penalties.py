@@ -25,7 +25,7 @@ from emformer.operators import Operator
 from emformer.operators.base import Bound
 from emformer.parts import UserError
 
-On = Literal["form", "content", "both"]
+Which = Literal["form", "content", "both"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class _Shrinkage(parts.Penalty):
     """
 
     weight: float
-    on: On = "both"
+    which: Which = "both"
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -77,12 +77,12 @@ class Nuclear(_Shrinkage):
     Args:
         weight: what a singular value loses per step at the full learning rate. A form starts with singular values of about
             2/sqrt(d) (Dense) or 1/sqrt(r) (LowRank): 1e-5 to 1e-3 is the range to look in.
-        on: "form", "content" or "both".
+        which: "form", "content" or "both".
     """
 
     @classmethod
     def examples(cls) -> Sequence[Nuclear]:
-        return [cls(weight=0.01), cls(weight=0.02, on="form"), cls(weight=0.02, on="content")]
+        return [cls(weight=0.01), cls(weight=0.02, which="form"), cls(weight=0.02, which="content")]
 
     def _step(self, operator: Operator, amount: float) -> Tensor:
         return thresholded(operator.left_rows(), _right(operator), amount)
@@ -97,12 +97,12 @@ class Frobenius(_Shrinkage):
 
     Args:
         weight: share of W that is lost per step at the full learning rate (for small weights).
-        on: "form", "content" or "both".
+        which: "form", "content" or "both".
     """
 
     @classmethod
     def examples(cls) -> Sequence[Frobenius]:
-        return [cls(weight=0.01), cls(weight=0.02, on="form"), cls(weight=0.02, on="content")]
+        return [cls(weight=0.01), cls(weight=0.02, which="form"), cls(weight=0.02, which="content")]
 
     def _step(self, operator: Operator, amount: float) -> Tensor:
         return wide(operator.left_rows()) / (1 + amount)
@@ -141,14 +141,14 @@ def _operators(model: nn.Module, penalty: _Shrinkage) -> Iterator[tuple[str, Ope
             ("form", attention.form, settings.form),
             ("content", attention.content, settings.content),
         ):
-            if penalty.on not in (role, "both"):
+            if penalty.which not in (role, "both"):
                 continue
             if isinstance(operator, Bound):
-                if penalty.on == "both":  # it shrinks with its form, once
+                if penalty.which == "both":  # it shrinks with its form, once
                     continue
                 raise UserError(
                     f"{name}: the content of layer {layer}, {setting}, is bound to its form and cannot shrink by itself; "
-                    "choose on: form, or on: both."
+                    "choose which: form, or which: both."
                 )
             if not operator.assignable:
                 raise UserError(

@@ -67,6 +67,11 @@ COMPOSED = [
     pytest.param({"form": Dense(), "positions": [RoPE()], "epsilon": 0.5, "ffn": GELU()}, id="dense form, rope, step"),
     pytest.param({"norm": None, "epsilon": 0.3}, id="no norm"),
     pytest.param({"layers": {1: {"form": Dense(), "norm": LayerNorm(bias=True), "epsilon": 0.5}}}, id="mixed layers"),
+    *(  # kernels that notice b_K, with a form that stays absorbable, and no drift: what folding must not forget
+        pytest.param({"kernel": kernel, "form": Dense(), "content": Tied(learned=False), "functional": Functional()}, id=name)
+        for kernel in (Sigmoid(), Linear(), Unnormalised(), SinkSoftmax(learned=False))
+        for name in [f"{kernel}, b_K"]
+    ),
     pytest.param({"kernel": SinkSoftmax(), "ffn": GELU()} | AFFINE, id="sink, functional, drift"),
     pytest.param({"kernel": SinkSoftmax(), "content": LowRank(rank=2, groups=1)} | AFFINE, id="sink, grouped narrow content"),
     pytest.param({"kernel": Sigmoid(), "form": Dense(), "content": Dense(), "drift": Drift()}, id="sigmoid, dense, drift"),
@@ -223,7 +228,7 @@ def test_a_state_rebuilds_the_model(fields):
     twin.load_state_dict(net.state_dict())
     assert torch.equal(twin(tokens), net(tokens))
     assert all(name.replace(".", "_").isidentifier() for name in net.state_dict())
-    assert len(set(net.state_dict())) == len(list(net.named_parameters()))
+    assert len(net.state_dict()) == len(list(net.named_parameters())) + len(list(net.named_buffers()))
 
 
 # Symmetries -----------------------------------------------------------------------------------------------------------

@@ -180,7 +180,7 @@ def test_the_state_carries_everything(setting, role):
     w, other = build(setting, role), build(setting, role)
     for parameter in other.parameters():
         parameter.normal_()
-    assert len(w.state_dict()) == len(list(w.parameters()))  # a constant comes from the settings
+    assert len(w.state_dict()) == len(list(w.parameters())) + len(list(w.buffers()))
     other.load_state_dict(w.state_dict())
     assert torch.equal(w.matrix(), other.matrix())
     x = cloud(T, D)

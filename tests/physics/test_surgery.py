@@ -298,7 +298,7 @@ def test_mistakes_get_one_sentence(wrong, why):
 def test_lines_of_a_copy():
     net = noise(skip(model(), "attn", layers=(k for k in [1]), heads=iter([0, 1])), 0.1, "left", seed=3)
     assert net.surgery == ("skip attn (layers 1; heads 0, 1)", "noise 0.1 on left, seed 3")
-    assert swap_kernel(net, TopK(k=2), layers=0).surgery[2] == "swap the kernel for TopK(k=2, beta=1.0) (layers 0)"
+    assert swap_kernel(net, TopK(k=2), layers=0).surgery[2] == "swap the kernel for TopK(beta=1.0, k=2) (layers 0)"
     assert model().surgery == ()
 
 
@@ -550,7 +550,7 @@ def test_without_the_kernels_sink_rows_are_divided_by_their_mass(seed):
         r = old.content.right(y) + old.value_bias.unsqueeze(1)  # b_V becomes part of the drift: rows sum to one
         expected = old.content.lift(lifted @ r) + old.drift
         assert gap(new.lift(new(y, i)), expected) < 1e-12
-        assert copy.settings.kernel == Softmax(net.settings.kernel.beta) and new.kernel.value is None
+        assert copy.settings.kernel == Softmax(beta=net.settings.kernel.beta) and new.kernel.value is None
         part = remove_sink(net, heads=[1]).layer(0).attention.weights(y, i)
         assert torch.equal(part[:, 0], a[:, 0]) and gap(part[:, 1], lifted[:, 1]) < 1e-12
 

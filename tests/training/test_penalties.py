@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import pytest
 import pytorch_lightning as pl
 import torch
-import yaml
 from builders import examples, model
 from small import same, settings, weights
 from torch import Tensor, nn
@@ -215,12 +214,12 @@ def test_nothing_but_w_changes(seed, part, penalty):
         for p in found.parameters():
             p.grad = torch.ones_like(p)
         before = copy.deepcopy(found.state_dict())
-        dataclasses.replace(penalty, on="content").shrink(found, 1.0)
+        dataclasses.replace(penalty, which="content").shrink(found, 1.0)
         changed = {name for name, p in found.state_dict().items() if not torch.equal(p, before[name])}
         assert changed and all(".content." in name for name in changed), changed
         assert len(changed) == 1 and not next(iter(changed)).endswith(("right_factor", "theta"))
         assert all(p.dtype == dtype and p.requires_grad and bool((p.grad == 1).all()) for p in found.parameters())
-        dataclasses.replace(penalty, on="form").shrink(found, 1.0)
+        dataclasses.replace(penalty, which="form").shrink(found, 1.0)
         now = {name for name, p in found.state_dict().items() if not torch.equal(p, before[name])}
         assert len(now) == 2 and any(".form." in name for name in now)
 
@@ -260,7 +259,7 @@ def test_a_content_bound_to_its_form_shrinks_with_it_once(seed, content):
     assert (operators(found)[0].matrix() - m / 2).abs().max() < 1e-15
     assert (operators(found)[1].matrix() - f / 2).abs().max() < 1e-14
     with pytest.raises(UserError, match=f"Frobenius: the content of layer 0, {type(content).__name__}.*bound to its form"):
-        Frobenius(1.0, on="content").shrink(found, 1.0)
+        Frobenius(1.0, which="content").shrink(found, 1.0)
 
 
 # Operators that take another left factor ------------------------------------------------------------------------------
@@ -297,11 +296,11 @@ def test_an_operator_that_cannot_take_the_step_is_refused(part, penalty):
     before = copy.deepcopy(found.state_dict())
     for on in ("content", "both"):
         with pytest.raises(UserError, match=f"the content of layer 0, {name}") as caught:
-            dataclasses.replace(penalty, on=on).shrink(copy.deepcopy(found), 1.0)
+            dataclasses.replace(penalty, which=on).shrink(copy.deepcopy(found), 1.0)
         assert type(penalty).__name__ in str(caught.value) and "\n" not in str(caught.value)
     with pytest.raises(UserError, match=f"the form of layer 0, {name}"):
         penalty.shrink(net(part, Dense()), 1.0)
-    dataclasses.replace(penalty, on="form").shrink(found, 1.0)
+    dataclasses.replace(penalty, which="form").shrink(found, 1.0)
     assert not same(found.state_dict(), before)
 
 
@@ -372,7 +371,7 @@ class Witness(parts.Penalty):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_training_is_the_optimiser_and_then_the_penalties(tmp_path: Path, optimizer, accumulate: int):
     """Two steps by hand: gradient, clip, rate, optimiser, prox in the order of the list; and what is saved is after the prox."""
-    penalties = [Nuclear(0.02), Frobenius(0.01, on="content")]
+    penalties = [Nuclear(0.02), Frobenius(0.01, which="content")]
     plan = settings(tmp_path, penalties=penalties, max_steps=4, accumulate=accumulate, optimizer=optimizer, save_every=1)
     fit(plan, tmp_path / "run")
 
@@ -454,8 +453,7 @@ def test_two_processes_shrink_alike(tmp_path: Path):
     """From a YAML file, over two processes: the same run as in one."""
     config = Path(__file__).parents[2] / "configs" / "smoke.yaml"
     mine = tmp_path / "mine.yaml"
-    penalty = {"class_path": "Nuclear", "init_args": {"weight": 0.1, "on": "form"}}
-    mine.write_text(yaml.safe_dump({"training": {"penalties": [penalty]}}))
+    mine.write_text("training: {penalties: [{class_path: Nuclear, init_args: {weight: 0.1, which: form}}]}\n")
     for devices in (1, 2):
         words = [
             *(sys.executable, "-m", "emformer", "fit", "-c", str(config), "-c", str(mine), "--run", str(tmp_path / str(devices))),
