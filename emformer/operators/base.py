@@ -134,26 +134,16 @@ class Factored(Operator):
         return self.left_rows().mT @ self.right_rows().repeat_interleave(self.heads // self.groups, 0)
 
 
-class FullRank(Operator):
-    """W_h as a d x d matrix: L = W, R = I. `left(q)` is the relevance gradient M^T q. Cost a token: H d^2 multiply-adds.
-
-    `left_rows()` is W^T: row k gives coordinate k of the relevance gradient.
-    """
+class IdentityRight(Operator):
+    """R = I: the cloud itself is key and content, shared by all heads."""
 
     identity_right = True
 
     def __init__(self, dim: int, heads: int, rates: dict[str, float]):
         super().__init__(dim, heads, groups=1, rank=dim, rates=rates)
 
-    @property
-    def macs(self) -> int:
-        return self.heads * self.dim**2
-
     def right_rows(self) -> None:
         return None
-
-    def left(self, x: Cloud) -> Queries:
-        return _split(functional.linear(x, self.left_rows().flatten(0, 1)), self.heads)
 
     def right(self, x: Cloud) -> Keys:
         return x.unsqueeze(1)
@@ -163,6 +153,20 @@ class FullRank(Operator):
 
     def project(self, m: HeadClouds) -> Mixture:
         return m
+
+
+class FullRank(IdentityRight):
+    """W_h as a d x d matrix: L = W, R = I. `left(q)` is the relevance gradient M^T q. Cost a token: H d^2 multiply-adds.
+
+    `left_rows()` is W^T: row k gives coordinate k of the relevance gradient.
+    """
+
+    @property
+    def macs(self) -> int:
+        return self.heads * self.dim**2
+
+    def left(self, x: Cloud) -> Queries:
+        return _split(functional.linear(x, self.left_rows().flatten(0, 1)), self.heads)
 
     def lift_heads(self, z: Mixture) -> HeadClouds:
         return z @ self.left_rows()

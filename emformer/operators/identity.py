@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from emformer import parts
-from emformer.operators.base import Operator, Sizes, constant, per_head
+from emformer.operators.base import IdentityRight, Sizes, constant, per_head
 from emformer.parts import UserError
-from emformer.types import Cloud, HeadClouds, Keys, Matrices, Mixture, Queries, Rows
+from emformer.types import Cloud, HeadClouds, Matrices, Mixture, Queries, Rows
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,15 @@ class Identity(Sizes, parts.Operator):
         return IdentityOperator(dim, heads, start if self.scale is None else self.scale, self.learned, {"scale": start})
 
 
-class IdentityOperator(Operator):
+class IdentityOperator(IdentityRight):
     """`scale` (H,) is c: a parameter where it is learned, else a buffer."""
 
-    identity_right = True
     claims = ("symmetric", "orthogonal", "scalar")
 
     scale: Tensor
 
     def __init__(self, dim: int, heads: int, scale: float, learned: bool, rates: dict[str, float]):
-        super().__init__(dim, heads, groups=1, rank=dim, rates=rates if learned else {})
+        super().__init__(dim, heads, rates if learned else {})
         constant(self, "scale", torch.full((heads,), scale), learned)
 
     @property
@@ -60,20 +59,8 @@ class IdentityOperator(Operator):
     def left_rows(self) -> Rows:
         return per_head(self.scale) * torch.eye(self.dim, dtype=self.scale.dtype, device=self.scale.device)
 
-    def right_rows(self) -> None:
-        return None
-
     def left(self, x: Cloud) -> Queries:
         return per_head(self.scale) * x.unsqueeze(1)
-
-    def right(self, x: Cloud) -> Keys:
-        return x.unsqueeze(1)
-
-    def pull(self, u: Queries) -> HeadClouds:
-        return u
-
-    def project(self, m: HeadClouds) -> Mixture:
-        return m
 
     def lift_heads(self, z: Mixture) -> HeadClouds:
         return per_head(self.scale) * z
