@@ -12,7 +12,7 @@ YAML by its class path. Nothing else has to be edited: the contract suite finds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -200,6 +200,43 @@ class Optimizer(Part):
 
     @abstractmethod
     def build(self, model: torch.nn.Module) -> torch.optim.Optimizer: ...
+
+
+class Observable(Part):
+    """Setting of something measured on trajectories: a thin shell over pure functions of `emformer.geometry`.
+
+    `family`: the short name that `emformer.observe` knows it by. `keys`: every key that its rows may have, and for each the
+    definition, unit, range and null in one line. `needs`: what a trajectory must have for it ("model": operators, heads and
+    patterns; "reads": read clouds; "labels"; "tokens"); where that lacks it is skipped, and said so.
+    """
+
+    family: ClassVar[str]
+    keys: ClassVar[Mapping[str, str]]
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def begin(self) -> Any:
+        """Return the `emformer.observables.Observation` that takes trajectories one after the other, then tells its rows."""
+
+
+class Cadence(Part):
+    """When to record."""
+
+    @abstractmethod
+    def due(self, step: int, max_steps: int) -> bool:
+        """Whether something is recorded after optimiser step `step` of `max_steps`; step 0 is the untrained model."""
+
+
+class Callback(Part):
+    """Setting of what is recorded while a model learns, and when."""
+
+    @abstractmethod
+    def due(self, step: int, max_steps: int) -> bool:
+        """Whether anything is to be recorded after this step."""
+
+    @abstractmethod
+    def looks(self, final: bool) -> Sequence[Any]:
+        """What to look at, `emformer.observables.Look`s; `final`: after the last step, when costly ones have their turn."""
 
 
 class Logger(Part):
