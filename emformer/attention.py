@@ -17,7 +17,7 @@ from emformer.operators.base import full_rate
 from emformer.parts import UserError
 from emformer.positions import PositionMap
 from emformer.settings import Drift, Functional
-from emformer.types import Cloud, Contents, Index, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
+from emformer.types import Cloud, Contents, Index, KeyCloud, KeyIndex, Keys, Matrices, Mixture, Queries, Weights
 
 # Up to here (1 MiB in float32) one product with all M_h, or F_h, multiplied out takes less time than starting the several
 # products with their factors; beyond, decoding is bound by the weights that it reads.
@@ -186,8 +186,8 @@ class Attention(nn.Module):
             z = z + (1 - mass) * self.content.project(self.kernel.value[None, :, None].to(z.dtype))
         return z
 
-    def mix(self, a: Weights, y: Cloud) -> Mixture:
-        """The mixture z of the pattern a (B, H, T, T) on the read cloud y: what the flow computed, if a are its `weights`."""
+    def mix(self, a: Weights, y: KeyCloud) -> Mixture:
+        """The mixture z of the pattern a (B, H, T, S) on the read cloud y: what the flow computed, if a are its `weights`."""
         return self._whole(mix(a, self.content.right(y)), None if self.whole else a.sum(-1, keepdim=True))
 
     def lift(self, z: Mixture) -> Cloud:

@@ -1,4 +1,4 @@
-"""The command line: fit, validate, generate, info.
+"""The command line: fit, validate, generate, info, records.
 
 This module alone imports inside its functions: torch takes more than a second, and help should not wait for it.
 """
@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
+import shutil
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,12 +28,14 @@ commands
   validate   loss of a trained model on its validation text, or on another text
   generate   continue a text with a trained model
   info       operators, parameters, decode cache and FLOPs of a configuration or a run
+  records    what the callbacks recorded while runs trained
 
 first steps
   emformer fit -c configs/default.yaml --run runs/default
   emformer validate runs/default
   emformer generate runs/default --prompt "The with statement"
   emformer info -c configs/default.yaml
+  emformer records runs/default
 """
 
 
@@ -218,6 +222,47 @@ def _info(arguments: Sequence[str]) -> None:
         print(diagnostics.table(diagnostics.diagnose(loaded.model)))
 
 
+def _records(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer records",
+        description="What the callbacks of a run recorded about its token cloud: a line a key, with the steps and layers there "
+        "are and, of the row recorded last, mean ± standard error, what chance alone would give (null) and where it stands. "
+        "--key and --family show keys by layer and step. A run that is still training is read up to its last whole row. "
+        "In Python: emformer.read_records('runs/*').",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="a run folder, its records.jsonl, or a glob in quotes: 'runs/*'")
+    parser.add_argument("--key", action="append", default=[], help="show this key by layer and step; may be given several times")
+    parser.add_argument("--family", action="append", default=[], help="show every key of this family, as flow")
+    parser.add_argument("--csv", metavar="FILE", help="write the rows (those of --key and --family, if given) as CSV")
+    parser.add_argument("--parquet", action="store_true", help="write or refresh records.parquet in each run folder")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own observables")
+    options = _options(parser, arguments)
+    if options.csv and options.csv.endswith((".jsonl", ".parquet")):
+        raise UserError(f"--csv {options.csv} would overwrite records or look like them; name it .csv.")
+    from emformer.listing import by_layer, overview, select
+    from emformer.observables.frame import catalogue
+    from emformer.recordings import read_records, write_parquet
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        found, known = read_records(options.runs), catalogue()
+    for note in notes:
+        print(f"emformer: {note.message}", file=sys.stderr)
+    shown = select(found, options.key, options.family, known)
+    if options.key or options.family:
+        print(by_layer(shown, known))
+    else:
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(overview(shown, known, width))
+    written = [str(write_parquet(run)) for run in found["run"].unique()] if options.parquet else []
+    if options.csv:
+        shown.to_csv(options.csv, index=False)
+        written.append(options.csv)
+    if written:
+        print("\nwrote " + ", ".join(written))
+
+
 class _Parser(argparse.ArgumentParser):
     """Mistakes become one sentence; options are not abbreviated."""
 
@@ -270,6 +315,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "validate": _validate,
     "generate": _generate,
     "info": _info,
+    "records": _records,
 }
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from emformer import parts
 from emformer.parts import UserError
 from emformer.settings import Settings
 
-_HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "placements", "block", "text", "training")
+_HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "placements", "block", "text", "observables", "training")
 
 
 def settings_parser(prog: str, description: str, also: Sequence[str] = ()) -> ArgumentParser:

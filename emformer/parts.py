@@ -147,6 +147,20 @@ class Corpus(Part):
         """Hex SHA-256 of what `documents` yields (for a remote set: of its name, revision and settings)."""
 
 
+class LabelledCorpus(Corpus):
+    """A corpus that knows classes of its words.
+
+    `label_names`: of the classifications that every word has, the one that clusters are compared with first.
+    """
+
+    label_names: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def labelled_documents(self) -> Iterator[tuple[str, numpy.ndarray]]:
+        """The texts of `documents`, in their order, each with the (words, 2 + labels) int64 spans of its words: start and end
+        (exclusive) in characters, ascending and without overlap, then one class id >= 0 a classification (-1: it has none)."""
+
+
 class Tokenizer(Part):
     """Setting of a tokenizer; `build` trains or loads it.
 

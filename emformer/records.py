@@ -4,6 +4,10 @@ config.yaml        the resolved settings
 environment.json   versions, device, seed, hashes of corpus and tokenizer, git revision
 tokenizer.json
 metrics.jsonl      append-only: one row a step that is logged; the truth, every other logger mirrors it
+records.jsonl      append-only: one row a statistic that callbacks recorded; the truth, see `emformer.recordings`
+records.parquet    the same rows, derived; report.html and figures/ are derived too
+records.jsonl      append-only: one row a statistic that callbacks recorded; the truth, see `emformer.recordings`
+records.parquet    the same rows, derived; report.html and figures/ are derived too
 checkpoints/       last.ckpt (everything, to resume), best.ckpt and step-*.ckpt (weights and settings)
 """
 
@@ -41,31 +45,37 @@ FORMAT = 1
 class Journal:
     """Rows of JSON, one line each, in an append-only file. One unbuffered write a row: a killed process loses no whole row.
 
+    What follows the last whole row is torn, and dropped when the file is opened. A line before it that is no row was damaged by
+    something else; it stays, and readers skip it with a warning.
+
     Args:
-        path: the file; made if missing. A torn last line is dropped.
-        step: rows of later steps are cut, as a run that resumes at `step` writes them again; None keeps all.
+        path: the file; made if missing.
+        step: rows of later steps are cut, wherever they stand, as a run that resumes at `step` writes them again. A row
+            without a step counts as of step 0. -1 cuts every row, None keeps all.
     """
 
     def __init__(self, path: Path, step: int | None = None):
         self.path = path
-        with open(path, "a+b") as file:
-            file.seek(0)
-            keep = 0
-            for line in file:
-                row = _row(line)
-                if row is None or (step is not None and row.get("step", 0) > step):
-                    break
-                keep += len(line)
-            if keep < file.seek(0, os.SEEK_END):
-                file.truncate(keep)
+        path.touch()
+        kept = _kept(path, step)
+        if len(kept) == 1:
+            if kept[0].stop < path.stat().st_size:
+                os.truncate(path, kept[0].stop)
+        else:
+            whole = path.read_bytes()
+            write_atomically(path, b"".join(whole[some] for some in kept))
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row. Numbers that are not finite become null. Raises `UserError` on a full disk."""
-        line = json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        """Write one row. Numbers that are not finite become null. Raises `UserError` on a full disk, with nothing written."""
+        line = (json.dumps({key: _finite(value) for key, value in row.items()}, allow_nan=False) + "\n").encode()
+        written = 0
         try:
-            self._file.write(line.encode())
+            while written < len(line):  # a disk that is nearly full takes a part, without an error
+                written += self._file.write(line[written:])
         except OSError as error:
+            if written:  # else the next row would be glued to it
+                self._file.truncate(self._file.tell() - written)
             raise disk_error(error, self.path) from error
 
     def close(self) -> None:
@@ -73,13 +83,35 @@ class Journal:
 
 
 def read_journal(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a journal, up to a torn last line."""
+    """The rows of a journal, up to a torn tail. Damaged lines before it are skipped with a warning."""
+    damaged: list[int] = []
     with open(path, "rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             row = _row(line)
             if row is None:
-                return
+                damaged.append(number)
+                continue
+            if damaged:
+                warnings.warn(f"{path}: line {', '.join(map(str, damaged))} is damaged and left out", stacklevel=2)
+                damaged.clear()
             yield row
+
+
+def _kept(path: Path, step: int | None) -> list[slice]:
+    """The bytes of a journal up to its last row of at most `step`, without rows of later steps; the first slice is from 0."""
+    kept, start, at = [slice(0, 0)], 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            at += len(line)
+            row = _row(line)
+            if row is None:
+                continue  # goes with the next row
+            if step is None or (row.get("step") or 0) <= step:
+                if kept[-1].stop == start:
+                    start = kept.pop().start
+                kept.append(slice(start, at))
+            start = at
+    return kept
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -89,7 +121,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int | float | None) else None
 
 
 def _finite(value: Any) -> Any:
@@ -104,12 +136,12 @@ def disk_error(error: OSError, path: Path) -> UserError:
     )
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace the file at once: a reader sees the old content or the new, a killed writer leaves the old."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(partial, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(partial, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -125,6 +157,10 @@ class Run:
         self.path = Path(path)
         self.config, self.environment = self.path / "config.yaml", self.path / "environment.json"
         self.metrics, self.tokenizer = self.path / "metrics.jsonl", self.path / "tokenizer.json"
+        self.records, self.parquet = self.path / "records.jsonl", self.path / "records.parquet"
+        self.report, self.figures = self.path / "report.html", self.path / "figures"
+        self.records, self.parquet = self.path / "records.jsonl", self.path / "records.parquet"
+        self.report, self.figures = self.path / "report.html", self.path / "figures"
         self.checkpoints = self.path / "checkpoints"
         self.last, self.best = self.checkpoints / "last.ckpt", self.checkpoints / "best.ckpt"
 
@@ -149,7 +185,7 @@ class Run:
         """Delete what a run writes, and nothing else that lies in the folder."""
         for name in ("checkpoints", "tensorboard", "wandb", "figures"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for path in (self.environment, self.tokenizer, self.metrics, self.config):
+        for path in (self.environment, self.tokenizer, self.metrics, self.records, self.parquet, self.report, self.config):
             path.unlink(missing_ok=True)
 
     def settings(self) -> Settings:

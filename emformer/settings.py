@@ -272,6 +272,27 @@ class Training:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The held-out prompts on which everything is recorded: the same at every step, all from the validation part.
+
+    Args:
+        prompts: how many; as many as there are different ones where the validation part is too short for that.
+        length: tokens of a prompt, of which the last one stands for it where a cloud has one point a prompt. A model of
+            shorter context is shown prompts of that length.
+        seed: of the places where they begin and of the order in which they come.
+    """
+
+    prompts: int = 1024
+    length: int = 64
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompts", 1), ("length", 2), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"probe.{name} is {getattr(self, name)}; choose at least {least}.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """Everything a run is determined by.
 
@@ -279,10 +300,16 @@ class Settings:
         model: the transformer.
         data: the text.
         training: how it learns.
+        probe: the prompts on which is recorded how tokens flow.
+        callbacks: what is recorded on them while the model learns, and when.
+        figures: when figures are drawn from the records; after the last step they always are, and null is then alone.
         loggers: mirrors of the metrics beside the run folder's own files.
     """
 
     model: Model
     data: Data
     training: Training
+    probe: Probe = field(default_factory=Probe)
+    callbacks: list[parts.Callback] = field(default_factory=list)
+    figures: parts.Cadence | None = None
     loggers: list[parts.Logger] = field(default_factory=list)

@@ -48,9 +48,9 @@ def test_every_key_of_the_default_is_there_and_commented():
     """
     content = (FOLDER / "default.yaml").read_text()
     settings = yaml.safe_load(content)
-    from emformer.settings import Data, Embedding, Model, Schedule, Training
+    from emformer.settings import Data, Embedding, Model, Probe, Schedule, Training
 
-    for section, cls in (("model", Model), ("data", Data), ("training", Training)):
+    for section, cls in (("model", Model), ("data", Data), ("training", Training), ("probe", Probe)):
         assert set(settings[section]) == set(cls.__dataclass_fields__), section
     assert set(settings["model"]["embedding"]) == set(Embedding.__dataclass_fields__)
     assert set(settings["training"]["schedule"]) == set(Schedule.__dataclass_fields__)

@@ -40,6 +40,8 @@ FLOORS: Mapping[str, int] = {
     "figures": 4,
     "training": 5,
     "records": 5,
+    "recordings": 5,
+    "listing": 5,
     "studies": 6,
     "evaluation": 6,
     "report": 6,

@@ -22,8 +22,8 @@ class Row(NamedTuple):
     `layer`, `point` ("embed", "attn", "ffn", "block"): the state, or the step that led to it. `head`: None for all. `cloud`:
     "raw", "read" or "centred". `param`: what else the key depends on, as "k=4", "c=0.99", "delta=-8", "parallel"; or None.
     `mean` over `n_valid` prompts (of a pooled cloud: the estimate from `n_valid` points), `sd` between prompts, `se` of the
-    mean, `n_dropped` prompts (points) for which it is undefined. `null`, `null_sd`: what chance alone would give, where that is
-    known. Undefined is None.
+    mean, `n_dropped` prompts (points) for which it is undefined. `null`, `null_sd`: mean and standard deviation that chance alone
+    would give a prompt's value (the estimate), where they are known: to be held against `mean` and `sd`. Undefined is None.
     """
 
     layer: int | None
@@ -116,7 +116,8 @@ class Moments:
         """Take in values (B,), (B, T), with `heads` (B, H) or (B, H, T): one a prompt, or one a token of it.
 
         A prompt's value is the mean over its tokens that have one; the share of tokens without is told in a row of its own,
-        `<key>.undefined`, if there are any. `null`, `null_sd`: expectation and standard deviation under the null, of the mean.
+        `<key>.undefined`, if there are any. `null`, `null_sd`: expectation and standard deviation of a prompt's value under the
+        null.
         """
         values = values.detach().double().cpu() if values.device.type != "mps" else values.detach().cpu().double()
         tokens = values.ndim == (3 if heads else 2)
@@ -199,6 +200,9 @@ class Reservoir:
 
     def __len__(self) -> int:
         return min(self.size, self.offered)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._kept
 
     def __getitem__(self, name: str) -> Tensor:
         return self._kept[name][: len(self)]

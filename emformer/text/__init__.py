@@ -3,6 +3,7 @@
 from emformer.text.blocks import Blocks, Windows, prepare
 from emformer.text.corpora import File, Hub, PythonDocs
 from emformer.text.grammar import KINDS, TOPICS, EntropyRate, Grammar, Labelled, Language, token_labels
+from emformer.text.probe import Prompts, probe, shuffled
 from emformer.text.tokenizers import BPE, Bytes, Characters, Pretrained, fingerprint, load, save, vocabulary
 
 __all__ = [
@@ -19,12 +20,15 @@ __all__ = [
     "Labelled",
     "Language",
     "Pretrained",
+    "Prompts",
     "PythonDocs",
     "Windows",
     "fingerprint",
     "load",
     "prepare",
+    "probe",
     "save",
+    "shuffled",
     "token_labels",
     "vocabulary",
 ]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers as hf
@@ -205,19 +205,14 @@ def _write(
     separator = tokenizer.token_to_id(SEPARATOR)
     largest = max(tokenizer.get_vocab().values(), default=0)
     dtype = np.dtype(np.uint16 if largest < 65_535 else np.uint32)
-    documents = corpus.documents()
-    first = list(islice(documents, 2))
-    headed = separator is not None and len(first) > 1
     count = number = pending = 0
     with (folder / "tokens.bin").open("wb") as tokens, (folder / "lengths.bin").open("wb") as lengths:
-        for batch in _batches(chain(first, documents)):
-            encoded = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
-            for (text, opens), encoding in zip(batch, encoded, strict=True):
+        for batch in encode(corpus.documents(), tokenizer):
+            for text, opens, head, encoding in batch:
                 number += opens and (max_tokens is None or count < max_tokens)
-                if opens and headed:
-                    tokens.write(np.array([separator], dtype).tobytes())
-                    lengths.write(np.zeros(1, np.uint32).tobytes())
-                    count += 1
+                tokens.write(np.array(head, dtype).tobytes())
+                lengths.write(np.zeros(len(head), np.uint32).tobytes())
+                count += len(head)
                 ids = np.array(encoding.ids, dtype)
                 sizes = _sizes(text, encoding.offsets)
                 if not len(ids):  # a tokenizer may drop white space: its bytes go to the next token there is
@@ -261,6 +256,30 @@ def _write(
         "dtype": dtype.name,
         "tokenizer": fingerprint(tokenizer),
     }
+
+
+class Chunk(NamedTuple):
+    """A piece of a document with its tokens: those of `head` (the separator, or none), then those of `encoding`."""
+
+    text: str
+    opens: bool  # it begins a document
+    head: list[int]
+    encoding: hf.Encoding
+
+
+def encode(documents: Iterator[str], tokenizer: hf.Tokenizer) -> Iterator[list[Chunk]]:
+    """All tokens of the documents, in the order in which a prepared folder has them, about BATCH characters at a time.
+
+    An empty document has no chunk.
+    """
+    separator = tokenizer.token_to_id(SEPARATOR)
+    first = list(islice(documents, 2))
+    head = [separator] if separator is not None and len(first) > 1 else []
+    for batch in _batches(chain(first, documents)):
+        encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
+        yield [
+            Chunk(text, opens, head if opens else [], encoding) for (text, opens), encoding in zip(batch, encodings, strict=True)
+        ]
 
 
 def _batches(documents: Iterator[str]) -> Iterator[list[tuple[str, bool]]]:

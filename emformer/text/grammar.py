@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import log
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from emformer.parts import Corpus, UserError
+from emformer.parts import LabelledCorpus, UserError
 from emformer.text.corpora import digest
 
 KINDS = (
@@ -385,7 +385,7 @@ class Language:
 
 
 @dataclass(frozen=True)
-class Grammar(Corpus):
+class Grammar(LabelledCorpus):
     """Documents of the generated language: the same for the same settings, about 45 bytes per sentence, one per line.
 
     Every document begins in the same state, in which nothing was said before, and after each sentence it ends with
@@ -400,6 +400,8 @@ class Grammar(Corpus):
 
     sentences: int = 20_000
     seed: int = 0
+
+    label_names: ClassVar[tuple[str, ...]] = ("class", "referent")
 
     def __post_init__(self) -> None:
         if self.sentences < 1 or self.seed < 0:

@@ -58,7 +58,9 @@ class LogSpaced(parts.Cadence):
         if self.count == 1:
             return [max_steps]
         first, gaps = min(self.first, max_steps), max(1, self.count - 2)
-        grown = [round(first * (max_steps / first) ** (k / gaps)) for k in range(self.count - 1)] if self.count > 2 else [max_steps]
+        grown = (
+            [round(first * (max_steps / first) ** (k / gaps)) for k in range(self.count - 1)] if self.count > 2 else [max_steps]
+        )
         return sorted({0, *grown, max_steps})
 
 

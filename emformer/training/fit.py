@@ -23,12 +23,13 @@ from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.records import Run, read_checkpoint, read_journal
 from emformer.settings import Data, Settings, Training
-from emformer.text import Blocks, fingerprint
+from emformer.text import Blocks, File, fingerprint, probe
 from emformer.text import save as save_tokenizer
 from emformer.training.callbacks import AtomicFiles, Checkpoints, Metrics, Progress
 from emformer.training.data import Text, check_division, read_text
 from emformer.training.learner import Learner
 from emformer.training.loggers import JournalLogger
+from emformer.training.recording import Recording, finish
 
 MAY_CHANGE = ("training.max_steps", "loggers")
 
@@ -74,8 +75,11 @@ def fit(
     model, learner, text = assemble(settings, blocks)
     checkpoint, step = _resumed(folder, blocks) if resume else (None, 0)
     if checkpoint is not None and step >= settings.training.max_steps:
+        if first:
+            finish(folder)  # a run that was killed after its last checkpoint
         return result(folder)
-    trainer = make_trainer(settings, folder, blocks, step, callbacks)
+    recording = [] if not settings.callbacks else [recorder(settings, folder, blocks, -1 if checkpoint is None else step)]
+    trainer = make_trainer(settings, folder, blocks, step, [*callbacks, *recording])
     trainer.loggers = [*trainer.loggers, *(logger.build(str(folder.path)) for logger in settings.loggers)]
     if first:
         if overwrite:
@@ -114,6 +118,17 @@ def assemble(settings: Settings, blocks: Blocks) -> tuple[Emformer, Learner, Tex
         model.double()
     learner = Learner(model, settings, blocks.tokenizer.to_str(), blocks.bytes_per_token("validation"))
     return model, learner, text
+
+
+def recorder(settings: Settings, folder: Run, blocks: Blocks, step: int = -1) -> Recording:
+    """The Lightning callback that serves `settings.callbacks`, of a run that has reached `step` (-1: begins).
+
+    Raises `UserError` where the validation split is shorter than one prompt.
+    """
+    corpus = settings.data.corpus if settings.data.path is None else File(settings.data.path)
+    length = min(settings.probe.length, settings.model.context)
+    prompts = probe(blocks, corpus, settings.probe.prompts, length, settings.probe.seed)
+    return Recording(settings.callbacks, prompts, folder, step, settings.training.max_steps, settings.figures)
 
 
 def make_trainer(

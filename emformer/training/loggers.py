@@ -41,13 +41,21 @@ class JournalLogger(Logger):
         """The settings are in config.yaml."""
 
 
+class _TensorBoardLogger(TensorBoardLogger):
+    @rank_zero_only
+    def log_image(self, key: str, images: list[Any], step: int | None = None) -> None:
+        """Pictures (height, width, channels) of bytes, as `WandbLogger.log_image` takes them."""
+        for image in images:
+            self.experiment.add_image(key, image, step, dataformats="HWC")
+
+
 @dataclass(frozen=True)
 class TensorBoard(parts.Logger):
     """TensorBoard event files in the run folder's `tensorboard/` (needs the extra `tensorboard`)."""
 
     def build(self, folder: str) -> Logger:
         try:
-            return TensorBoardLogger(save_dir=folder, name="tensorboard", version="")
+            return _TensorBoardLogger(save_dir=folder, name="tensorboard", version="")
         except ModuleNotFoundError as error:
             raise UserError(
                 "the TensorBoard logger needs the package tensorboard: pip install 'emformer[tensorboard]'."

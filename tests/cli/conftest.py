@@ -81,3 +81,27 @@ def run(tmp_path_factory: pytest.TempPathFactory, small: list[str]) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     main(["fit", "-c", str(SMOKE), "--run", str(folder), *small])
     return folder
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """A folder with records of ten steps, and beside it `other` with those of one."""
+    from emformer.observables import Row
+    from emformer.recordings import Recordings
+
+    run, other = tmp_path / "recorded", tmp_path / "other"
+    for folder, steps in ((run, [0, *(2**k for k in range(10) if k != 4)]), (other, [0])):
+        folder.mkdir()
+        writer = Recordings(folder / "records.jsonl")
+        for step in steps:
+            for layer in (0, 1):
+                mean = step * (1 + 2 * layer) + layer + 0.123
+                writer.append(step, [Row(layer, "ffn", "flow.test", mean, 0.5, 0.12, 60, 4, 0.25, 0.01)])
+            if folder == run:
+                writer.append(step, [Row(layer, None, "clu.test", None, n_dropped=64) for layer in (2, 4)])
+                sinks = [
+                    Row(0, "attn", "sinks.test.undefined", 0.00012345, head=k, cloud="centred", param="k=4") for k in range(4)
+                ]
+                writer.append(step, sinks if step < 2 else [])
+        writer.close()
+    return run

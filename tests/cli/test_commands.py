@@ -64,10 +64,11 @@ config data data.cache data.corpus data.max_tokens data.path data.tokenizer data
 model.arrangement model.content model.context model.depth model.dim model.drift model.dropout model.embedding
 model.embedding.positions model.embedding.std model.embedding.tied model.embedding.unembed_std model.epsilon model.ffn
 model.form model.functional model.heads model.kernel model.layers model.mask model.norm model.placement model.positions
-model.shared overwrite print_config resume run training training.accelerator training.accumulate training.batch training.clip
-training.devices training.max_steps training.nodes training.objective training.optimizer training.penalties training.precision
-training.sample training.save_every training.schedule training.schedule.cooldown training.schedule.final
-training.schedule.warmup training.seed training.strategy training.validate_every training.validation_windows
+model.shared overwrite print_config probe probe.length probe.prompts probe.seed resume run training training.accelerator
+training.accumulate training.batch training.clip training.devices training.max_steps training.nodes training.objective
+training.optimizer training.penalties training.precision training.sample training.save_every training.schedule
+training.schedule.cooldown training.schedule.final training.schedule.warmup training.seed training.strategy
+training.validate_every training.validation_windows
 """
 
 
@@ -81,7 +82,7 @@ def test_the_options_of_fit_are_what_they_are(monkeypatch: pytest.MonkeyPatch):
     found = {action.dest for action in seen[0]._actions}
     found = {name for name in found if not name.endswith(".help")}  # help of a part's classes
     assert found == set(OPTIONS.split()), found ^ set(OPTIONS.split())
-    assert set(COMMANDS) == {"fit", "validate", "generate", "info"}
+    assert set(COMMANDS) == {"fit", "validate", "generate", "info", "records"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
@@ -194,6 +195,50 @@ def test_generate_continues_the_prompt(emformer, run: Path):
     sure = [emformer(*words, "--temperature", "0", "--seed", seed).out for seed in "12"]
     assert sure[0] == sure[1]
     assert emformer("generate", run, "--tokens", "3").code == 0
+
+
+def test_records_are_told_by_key_and_by_layer(emformer, recorded: Path):
+    """Every number of the tables is one that was recorded, rounded; what is undefined is a dash."""
+    found = emformer("records", recorded)
+    assert found.code == 0 and not found.err and f"{recorded}: 48 rows at 10 steps, 0 to 512" in found.out
+    lines = [re.split(r"  +", line.strip()) for line in found.out.splitlines()[2:]]
+    place = "layer 0 attn head 3 centred k=4"
+    assert lines == [
+        ["key", "steps", "layers", "last", "null", "n", "at", "what it is"],
+        ["flow.test", "10", "0–1", "1,537", "± 0.12", "0.25 ± 0.01", "60/64", "layer 1 ffn"],
+        ["clu.test", "10", "2, 4", "–", "0/64", "layer 4"],
+        ["sinks.test.undefined", "2", "0", "0.000123", "0", place, "share of tokens for which sinks.test is undefined"],
+    ]
+    for words in (["--key", "flow.test"], ["--family", "flow"]):
+        found = emformer("records", recorded, *words)
+        assert found.code == 0 and "clu.test" not in found.out
+        lines = [re.split(r"  +", line.strip()) for line in found.out.splitlines()]
+        assert lines[:2] == [["flow.test"], [f"{recorded}, by step, 8 of 10 steps"]]
+        assert lines[3:] == [
+            ["0", "1", "4", "8", "32", "64", "256", "512", "null", "n"],
+            ["layer 0 ffn", "0.123", "1.12", "4.12", "8.12", "32.1", "64.1", "256", "512", "± 0.12", "0.25 ± 0.01", "60/64"],
+            ["layer 1 ffn", "1.12", "4.12", "13.1", "25.1", "97.1", "193", "769", "1,537", "± 0.12", "0.25 ± 0.01", "60/64"],
+        ]
+    both = emformer("records", recorded, recorded.parent / "other", "--key", "flow.test", "--key", "clu.test").out
+    assert [both.count(f"{run}, by step") for run in (recorded, recorded.parent / "other")] == [2, 1]
+
+
+def test_records_go_to_other_formats(emformer, recorded: Path, tmp_path: Path):
+    import pandas as pd
+
+    from emformer import read_records
+
+    found = emformer("records", recorded, "--parquet", "--key", "flow.test", "--csv", tmp_path / "out.csv")
+    assert found.code == 0 and f"wrote {recorded / 'records.parquet'}, {tmp_path / 'out.csv'}" in found.out
+    rows = read_records(recorded)
+    pd.testing.assert_frame_equal(pd.read_parquet(recorded / "records.parquet"), rows.drop(columns="run"))
+    csv, flow = pd.read_csv(tmp_path / "out.csv"), rows[rows["key"] == "flow.test"]
+    assert csv.columns.tolist() == rows.columns.tolist() and csv["mean"].tolist() == flow["mean"].tolist()
+    with open(recorded / "records.jsonl", "ab") as file:
+        file.write(b'damaged\n{"step": 513, "key": "flow.test"}\n{"torn')
+    found = emformer("records", recorded)
+    assert found.code == 0 and "49 rows" in found.out
+    assert re.fullmatch(r"emformer: \S+records\.jsonl: line 49 is damaged and left out\n", found.err)
 
 
 def test_a_reader_that_leaves_is_no_error(run: Path):

@@ -328,7 +328,9 @@ def test_runs_that_are_not_there(emformer, run: Path, tmp_path: Path, command: s
 # -------------------------------------------------------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize(("word", "near"), [("fti", "fit"), ("genrate", "generate"), ("zzz", "fit, validate, generate, info")])
+@pytest.mark.parametrize(
+    ("word", "near"), [("fti", "fit"), ("genrate", "generate"), ("zzz", "fit, validate, generate, info, records")]
+)
 def test_commands_that_do_not_exist(emformer, word: str, near: str):
     emformer(word).refused(word, near)
 
@@ -367,6 +369,24 @@ def test_options_of_the_other_commands(emformer, run: Path, words: list[str], to
     if words[:2] == ["generate", "--temperature"] or "--top-p" in words:
         found = found._replace(out="")  # the prompt is on its way already
     found.refused(*told)
+
+
+def test_records_that_cannot_be_shown(emformer, recorded: Path, tmp_path: Path):
+    emformer("records").refused("RUN", "--help")
+    emformer("records", tmp_path / "nowhere").refused("nowhere", "does not exist")
+    (tmp_path / "hollow").mkdir()
+    emformer("records", tmp_path / "hollow").refused("hollow", "no records", "callbacks")
+    emformer("records", recorded, "--key", "flow.tset").refused("key", "flow.tset", "flow.test")
+    emformer("records", recorded, "--family", "flwo").refused("family", "flwo", "did you mean 'flow'")
+    emformer("records", recorded, "--family", "zzz").refused("zzz", "clu, flow, sinks")
+    emformer("records", recorded, "--fmaily", "flow").refused("--fmaily", "--family")
+    before = files(recorded)
+    emformer("records", recorded, "--csv", recorded / "records.jsonl").refused("records.jsonl", "--csv")
+    found = emformer("records", recorded, "--csv", tmp_path / "no" / "folder.csv")
+    found._replace(out="").refused("non-existent directory")
+    assert files(recorded) == before
+    emformer("records", recorded / "records.jsonl", "--parquet")
+    assert (recorded / "records.parquet").exists()
 
 
 def test_generating_with_a_masked_model(emformer, small: list[str], tmp_path: Path):

@@ -1,0 +1,124 @@
+"""What was recorded, as text: an overview by key, and a key by layer and step."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pandas as pd
+
+from emformer.observables.frame import Key
+from emformer.parts import UserError
+
+STEPS = 8  # columns of a table by step
+UNDEFINED = ".undefined"  # see `emformer.observables.Moments`
+NO_ROWS = "no rows yet"
+
+
+def select(records: pd.DataFrame, keys: Sequence[str], families: Sequence[str], known: Mapping[str, Key]) -> pd.DataFrame:
+    """The rows of these keys and of all keys of these families: as `known`, or what stands before the dot. All, if none is named.
+
+    Raises:
+        UserError: for a key or a family of which nothing was recorded, with the nearest of which something was.
+    """
+    if not keys and not families:
+        return records
+    recorded = {str(key): _families(str(key), known) for key in records["key"].dropna().unique()}
+    for kind, names, there in (("key", keys, set(recorded)), ("family", families, set().union(*recorded.values()))):
+        for name in names:
+            if name not in there:
+                near = difflib.get_close_matches(name, there, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(sorted(there)) or NO_ROWS}."
+                raise UserError(f"nothing was recorded of the {kind} '{name}'; {hint}")
+    return records[records["key"].isin([key for key, own in recorded.items() if key in keys or own & set(families)])]
+
+
+def overview(records: pd.DataFrame, known: Mapping[str, Key], width: int | None = None) -> str:
+    """Run by run a line a key: at how many steps, in which layers, and of the row recorded last its mean ± standard error, null,
+    number of prompts (valid/all) and place; then the definition, where it is `known`. Lines are cut at `width`."""
+    told = []
+    for run, rows in records.groupby("run", sort=False):
+        steps = rows["step"].dropna().unique()
+        table = [["key", "steps", "layers", "last", "", "null", "n", "at", "" if not known else "what it is"]]
+        for key, own in rows.groupby("key", sort=False):
+            last, layers = own.iloc[-1], [int(layer) for layer in sorted(own["layer"].dropna().unique())]
+            line = [str(key), str(own["step"].nunique()), _span(layers), *_cells(last), _place(last)]
+            table.append([*line, _definition(str(key), known)])
+        at = f" at {len(steps)} steps, {min(steps)} to {max(steps)}" if len(steps) > 1 else ""
+        lines = _aligned(table, "<><><>><<")
+        lines = [line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+        told.append("\n".join([f"{run}: {len(rows):,} rows{at}", "", *lines]))
+    return "\n\n".join(told) or NO_ROWS
+
+
+def by_layer(records: pd.DataFrame, known: Mapping[str, Key]) -> str:
+    """Key by key and run by run a line a place, from the first layer to the last, and a column of means a step: at most `STEPS`,
+    with the first and the last; of the last, standard error, null and number of prompts (valid/all) too."""
+    told = []
+    known_steps = records.dropna(subset=["step"])
+    for key, run in known_steps[["key", "run"]].drop_duplicates().itertuples(index=False):
+        rows = known_steps[(known_steps["key"] == key) & (known_steps["run"] == run)]
+        steps = sorted(rows["step"].unique())
+        count = min(STEPS, len(steps))
+        shown = [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
+        places: dict[str, dict[int, Any]] = {}
+        for _, row in rows[rows["step"].isin(shown)].sort_values("layer", kind="stable").iterrows():
+            places.setdefault(_place(row), {})[row["step"]] = row
+        table = [["", *map(str, shown), "", "null", "n"]]
+        for place, found in places.items():
+            before = [_short(found[step]["mean"]) if step in found else "" for step in shown[:-1]]
+            table.append([place, *before, *(_cells(found[shown[-1]]) if shown[-1] in found else [""] * 4)])
+        some = f", {count} of {len(steps)} steps" if len(steps) > count else ""
+        head = [f"{key}  {_definition(str(key), known)}".rstrip(), f"{run}, by step{some}", ""]
+        told.append("\n".join([*head, *_aligned(table, "<" + ">" * count + "<>>")]))
+    return "\n\n".join(told) or NO_ROWS
+
+
+def _families(key: str, known: Mapping[str, Key]) -> set[str]:
+    own = known.get(key) or known.get(key.removesuffix(UNDEFINED))
+    return {key.partition(".")[0]} | ({own.family} if own else set())
+
+
+def _definition(key: str, known: Mapping[str, Key]) -> str:
+    if key in known:
+        return known[key].definition
+    return f"share of tokens for which {key.removesuffix(UNDEFINED)} is undefined" if key.endswith(UNDEFINED) else ""
+
+
+def _place(row: Any) -> str:
+    """As "layer 3 attn head 0 centred k=4", without what is undefined; the raw cloud goes without saying."""
+    words = [f"{name} {row[name]}" for name in ("layer", "head") if not pd.isna(row[name])]
+    words[1 if not pd.isna(row["layer"]) else 0 : 0] = [row["point"]] if not pd.isna(row["point"]) else []
+    return " ".join([*words, *(row[name] for name in ("cloud", "param") if not pd.isna(row[name]) and row[name] != "raw")])
+
+
+def _cells(row: Any) -> list[str]:
+    """Mean, ± standard error, null, and number of prompts."""
+    error = f"± {_short(row['se'], 2)}" if not math.isnan(row["se"]) else ""
+    null = "" if math.isnan(row["null"]) else _short(row["null"])
+    if not math.isnan(row["null_sd"]):
+        null += f" ± {_short(row['null_sd'], 2)}"
+    n = f"{row['n_valid']}/{row['n_valid'] + row['n_dropped']}" if row["n_dropped"] else str(row["n_valid"])
+    return [_short(row["mean"]), error, null, n]
+
+
+def _short(value: float, digits: int = 3) -> str:
+    """Rounded to so many digits, from 1 to a billion without an exponent; undefined is a dash."""
+    if math.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
+def _span(layers: Sequence[int]) -> str:
+    """As "0–3", or "0, 2" where some are left out."""
+    whole = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}–{layers[-1]}" if whole else ", ".join(map(str, layers)) or "–"
+
+
+def _aligned(table: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Lines of a table; `sides`: "<" or ">" for each column."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    gaps = [f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True)]
+    return ["  ".join(gap.format(cell) for gap, cell in zip(gaps, line, strict=True)).rstrip() for line in table]

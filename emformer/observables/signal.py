@@ -1,0 +1,137 @@
+"""Family "signal": how large the stream is, how alike its tokens are, and what that does to scores and contexts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from emformer import parts
+from emformer.geometry import signals
+from emformer.geometry.dimension import rank_residual
+from emformer.geometry.energy import NEAR
+from emformer.geometry.paths import direction
+from emformer.geometry.spectra import wide
+from emformer.norms import Norm
+from emformer.observables.base import Moments, Observation, Row
+from emformer.observables.energy import temperature
+from emformer.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Signal(parts.Observable):
+    """What an initialisation is judged by: the states by their raw clouds, each attention step by its scores and context means.
+
+    Scores and contexts have rows of each head and of their mean. The predicted variance of the context is that of untrained
+    operators; how far training has gone from it is what the pair shows. Cost: H N (N + d) a prompt and layer. Source: math I.
+    """
+
+    family: ClassVar[str] = "signal"
+    keys: ClassVar[Mapping[str, str]] = {
+        "signal.variance": "variance of a token's features; units of the stream squared; 1 after LayerNorm",
+        "signal.norm": "median |x| of a prompt's tokens; units of the stream",
+        "signal.correlation": "r, mean cosine of different tokens, each less its mean; [-1/(N - 1), 1]; null 0",
+        "signal.rank_resid": "|X - 1 mean^T|/|X|; [0, 1]; 0 if all tokens are equal; null sqrt(1 - 1/N)",
+        "signal.update_ratio": "|eps D|/|X| of a step, over the cloud; >= 0; param 'parallel': either share of a parallel block",
+        "signal.score_std": "standard deviation of beta s over visible pairs; nats; sqrt(1 - r^2) at the usual initialisation",
+        "signal.score_std_within": "the same within rows, which alone the softmax sees; nats; null signal.score_std/sqrt(1 + r)",
+        "signal.context_variance": "Var(m), m the context means of tokens of variance 1, n >= 8 visible keys; null (softmax): "
+        "r + (1 - r) e^(s_w^2)/n + (1 - r)^2 s_s^2/d of the scores as they are",
+    }
+
+    def begin(self) -> Observation:
+        return _Signal()
+
+
+class _Signal(Observation):
+    def __init__(self) -> None:
+        self._moments, self._terms = Moments(), Moments()
+        self._prompts = self._dim = 0
+        self._seen: dict[tuple[int | None, str | None], list[int]] = {}
+
+    @torch.no_grad()
+    def update(self, trajectory: Trajectory) -> None:
+        add = self._moments.add
+        self._prompts += trajectory.prompts
+        self._dim = trajectory.clouds[0].shape[-1]
+        for state in trajectory.states:
+            at, (count, dim) = (state.layer, state.point), state.x.shape[1:]
+            add(signals.stream_variance(state.x), *at, "signal.variance")
+            add(signals.median_norm(state.x), *at, "signal.norm")
+            pairs = count * (count - 1) * (dim - 1) * self._prompts
+            spread = math.sqrt(2 / pairs) if pairs else None
+            add(signals.token_correlation(state.x), *at, "signal.correlation", null=0.0, null_sd=spread)
+            add(rank_residual(state.x), *at, "signal.rank_resid", null=math.sqrt(1 - 1 / count))
+        for epsilon, step in zip(trajectory.epsilon, trajectory.steps, strict=True):
+            size = _size(step.before)
+            add(abs(epsilon) * _size(step.update) / size, step.layer, step.point, "signal.update_ratio")
+            if step.ffn is not None:
+                shares = ("attn", step.update - step.ffn), ("ffn", step.ffn)
+                for point, share in shares:
+                    add(abs(epsilon) * _size(share) / size, step.layer, point, "signal.update_ratio", param="parallel")
+        for k in trajectory.attentions:
+            self._attention(trajectory, k)
+
+    def _attention(self, trajectory: Trajectory, k: int) -> None:
+        step, block, visible = trajectory.steps[k], trajectory.block(k), trajectory.visible(k)
+        kernel = block.attention.kernel
+        at = step.layer, step.point
+        std = signals.score_std(getattr(kernel, "beta", 1.0) * trajectory.scores(k), visible)
+        told = {"signal.score_std": std.total, "signal.score_std_within": std.within}
+
+        read = _bare(block.read_attn, step.before, step.read)
+        count = visible.sum(-1)
+        mean = trajectory.pattern(k) @ read.unsqueeze(1)
+        told["signal.context_variance"] = signals.stream_variance(mean).where(count >= NEAR, torch.nan)
+        for key, values in told.items():
+            self._moments.add(values, *at, key, heads=True)
+            self._moments.add(values.nanmean(1), *at, key)
+
+        r = signals.token_correlation(read)
+        self._terms.add(r, *at, "r")
+        # of scores of mean square sigma^2 all pairs share r^2 sigma^2, and a row shares r sigma^2
+        within = std.total / (1 + r).sqrt().unsqueeze(1)
+        self._terms.add(within, *at, "within", heads=True)
+        self._terms.add(within.mean(1), *at, "within")
+        if temperature(kernel) is not None:
+            self._terms.add(std.total.square(), *at, "pairs", heads=True)
+            self._terms.add(std.within.square(), *at, "rows", heads=True)
+            self._seen[at] = count[count >= NEAR].tolist()
+
+    def rows(self) -> list[Row]:
+        terms = {(row.layer, row.point, row.key, row.head): row.mean for row in self._terms.rows()}
+        found = []
+        for row in self._moments.rows():
+            at = row.layer, row.point
+            if row.key == "signal.score_std_within":
+                row = row._replace(null=terms[*at, "within", row.head])
+            elif row.key == "signal.context_variance" and at in self._seen:
+                heads = [head for *place, head in terms if place == [*at, "rows"]] if row.head is None else [row.head]
+                nulls = [null for head in heads if (null := self._predicted(terms, at, head)) is not None]
+                row = row._replace(null=math.fsum(nulls) / len(nulls) if nulls else None)
+            found.append(row)
+        return found
+
+    def _predicted(self, terms: Mapping[Any, float | None], at: tuple[int | None, str | None], head: int | None) -> float | None:
+        """Var(m) of the mean scores and correlation, over the queries that are looked at."""
+        r, inside, pairs = terms[*at, "r", None], terms[*at, "rows", head], terms[*at, "pairs", head]
+        seen = self._seen[at]
+        if r is None or inside is None or pairs is None or not seen:
+            return None
+        return math.fsum(signals.context_variance(r, inside, pairs, n, self._dim) for n in seen) / len(seen)
+
+
+def _bare(norm: object, x: Tensor, read: Tensor) -> Tensor:
+    """What is read, as tokens of variance 1: the norm without gain and bias; the read cloud itself where there is no norm."""
+    unit = direction(x, norm.centred) if isinstance(norm, Norm) else direction(read)
+    return math.sqrt(x.shape[-1]) * unit.nan_to_num().to(x)
+
+
+def _size(x: Tensor) -> Tensor:
+    """|X| of each prompt; nan for 0."""
+    size = wide(x).flatten(1).norm(dim=-1)
+    return size.where(size > 0, torch.nan)

@@ -1,0 +1,237 @@
+"""Family "sinks": the first token that most queries look at, how constant that is, and what it gives them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from emformer import parts
+from emformer.geometry import leaves, sinks
+from emformer.geometry.spectra import wide
+from emformer.norms import Norm
+from emformer.observables.base import Moments, Observation, Reservoir, Row
+from emformer.observables.foliation import chance
+from emformer.parts import UserError
+from emformer.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Sinks(parts.Observable):
+    """The first token as a sink, of every head and of their mean; contents F y are effective, the norm's bias left out.
+
+    Weights are made to sum to one where the kernel's do not; of weights that may be negative only contents are told. The cosine
+    between what sinks give in different prompts is told for pairs of prompts that begin with the same token, which causality alone
+    makes 1, and apart from them for pairs that do not, one prompt for each token; beside it stands the same of a later token.
+    Compare sink rates of prompts of one length only, and everything with an untrained model.
+
+    Cost a layer: the H N^2 weights in float64 and H N^2 r. Memory: `prompts` vectors of r numbers a head and layer. Source: math
+    H.2; Gu et al. 2024, "When attention sink emerges in language models" (2410.10781).
+
+    Args:
+        threshold: above which mean weight a token is a sink.
+        prompts: at most so many are kept for the cosine between prompts, drawn at random.
+        control: position, from 1, of the token that is held against the first.
+        seed: of the draw.
+    """
+
+    threshold: float = 0.3
+    prompts: int = 256
+    control: int = 5
+    seed: int = 0
+
+    family: ClassVar[str] = "sinks"
+    keys: ClassVar[Mapping[str, str]] = {
+        "attn.sink_rate": "1 if the mean weight on token k, over the queries that see it, is above the threshold; [0, 1]; null "
+        "that of uniform attention, 0 on long prompts",
+        "sink.mass": "mean weight on the first token, over the queries with a choice; [0, 1]; null that of uniform attention",
+        "sink.variation": "sd/mean of that weight over the queries; >= 0; 0 is a constant bias; null that of uniform attention",
+        "sink.argmax": "share of prompts in which the token of the largest mean weight, among those that half as many queries "
+        "see as any, is the first; [0, 1]; null that of uniform attention",
+        "sink.unspent": "1 - the sum of a query's weights, what no token gets, of kernels whose rows do not sum to one; <= 1",
+        "sink.share": "|a_1 F y_1|/|sum_j a_j F y_j|, the first token's part in what a query gets; >= 0; 1 where it is all",
+        "sink.drain": "|F y_1|/median over the others of |F y_j|; >= 0; below 1 the first token gives less; null 1",
+        "sink.value_cos": "mean cosine of F y_1 between prompts; [-1, 1]; param 'same': first tokens equal, null 1 by causality; "
+        "'different': first tokens all different, null 0; 'control': another position, its tokens all different, null 0; cloud "
+        "'centred': mean of F y_j over the other positions removed",
+    }
+    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0 or self.prompts < 2 or self.control < 2 or self.seed < 0:
+            raise UserError(
+                f"{self} cannot be measured: threshold is above 0, prompts and control at least 2 and the seed at least 0."
+            )
+
+    def begin(self) -> Observation:
+        return _Sinks(self)
+
+
+class _Sinks(Observation):
+    def __init__(self, setting: Sinks):
+        self._setting, self._moments = setting, Moments()
+        self._pool = Reservoir(setting.prompts, setting.seed)
+        self._layers: dict[int, _Layer] = {}
+
+    @torch.no_grad()
+    def update(self, trajectory: Trajectory) -> None:
+        rates, expected, pooled = [], [], {}
+        blind = True  # whether the first token has seen itself alone so far
+        for k in trajectory.attentions:
+            step, visible = trajectory.steps[k], trajectory.visible(k)
+            at = step.layer, step.point
+            given = contents(trajectory, k)
+            if not trajectory.block(k).attention.kernel.signed:
+                rate, null = self._weights(trajectory, k, at, visible)
+                rates.append(rate)
+                expected.append(null)
+            chooses = visible[:, 0] & (visible.sum(-1) >= 2)
+            a = wide(trajectory.pattern(k))
+            self._add(sinks.sink_share(a[..., 0], given[:, :, 0], a @ given)[..., chooses], at, "sink.share")
+            self._add(sinks.value_ratio(given), at, "sink.drain", null=1.0)
+            if trajectory.tokens is not None:
+                layer = self._layers.setdefault(k, _Layer(at, blind, trajectory, k))
+                layer.add(given)
+                pooled[f"first{k}"] = given[:, :, 0]
+                if given.shape[2] >= self._setting.control:
+                    pooled[f"control{k}"] = given[:, :, self._setting.control - 1]
+            blind = blind and int(visible[0].sum()) == 1
+        if rates:
+            whole = torch.stack(rates).nanmean((0, 2))
+            self._moments.add(whole, None, None, "attn.sink_rate", param="k=1", null=_defined(sum(expected) / len(expected)))
+        if pooled:
+            assert trajectory.tokens is not None
+            pooled["first"] = trajectory.tokens[:, 0]
+            if trajectory.tokens.shape[1] >= self._setting.control:
+                pooled["control"] = trajectory.tokens[:, self._setting.control - 1]
+            self._pool.offer(**pooled)
+
+    def _weights(self, trajectory: Trajectory, k: int, at: tuple[int, str], visible: Tensor) -> tuple[Tensor, float]:
+        """What the pattern alone tells; the sink rate (B, H) and its null."""
+        a, even, threshold = wide(trajectory.pattern(k)), sinks.uniform(visible), self._setting.threshold
+        if not trajectory.block(k).attention.kernel.normalised:
+            total = a.sum(-1, keepdim=True)
+            self._add(1 - total.squeeze(-1), at, "sink.unspent")
+            a = a * (1 / total).where(total > 0, 0.0)
+        rate, null = (sinks.sink_rate(pattern, visible, 1, threshold) for pattern in (a, even))
+        self._add(rate, at, "attn.sink_rate", null=float(null), param="k=1")
+        mass, fair = sinks.sink_mass(a, visible), sinks.sink_mass(even, visible)
+        self._add(mass.mean, at, "sink.mass", null=float(fair.mean))
+        self._add(mass.variation, at, "sink.variation", null=float(fair.variation))
+        # a mean of few weights is large by chance
+        enough = (int(visible.sum(-2).max()) + 1) // 2
+        first, usual = (sinks.sink_position(pattern, visible, enough) for pattern in (a, even))
+        share = (first == 1).double().where(~first.isnan(), torch.nan)
+        self._add(share, at, "sink.argmax", null=math.nan if usual.isnan() else float(usual == 1))
+        return rate, float(null)
+
+    def _add(self, values: Tensor, at: tuple[int, str], key: str, *, null: float | None = None, param: str | None = None) -> None:
+        null = None if null is None else _defined(null)
+        self._moments.add(values, *at, key, heads=True, null=null, param=param)
+        self._moments.add(values.nanmean(1), *at, key, null=null, param=param)
+
+    def rows(self) -> list[Row]:
+        found = self._moments.rows()
+        for k, layer in self._layers.items():
+            found += layer.rows(self._pool, k)
+        return found
+
+
+class _Layer:
+    """What the cosine between prompts needs of one layer: where it is, its mean content, what chance would give."""
+
+    def __init__(self, at: tuple[int, str], blind: bool, trajectory: Trajectory, k: int):
+        block = trajectory.block(k)
+        content, norm = block.attention.content, block.read_attn
+        right = content.right_rows()
+        if right is None:
+            right = torch.eye(content.dim, dtype=torch.float64, device=content.left_rows().device).unsqueeze(0)
+        fold = wide(norm.affine(content.dim)[0]).to(right.device) if isinstance(norm, Norm) else None
+        self.at, self.same = at, 1.0 if blind else None
+        self.each, self.whole = chance(right.repeat_interleave(content.heads // len(right), 0), _core(content.left_rows()), fold)
+        self.total: Tensor | float = 0.0
+        self.count = 0
+
+    def add(self, given: Tensor) -> None:
+        """Contents (B, H, T, r), of which the first is no part of the mean."""
+        self.total = self.total + given[:, :, 1:].sum((0, 2))
+        self.count += given.shape[0] * (given.shape[2] - 1)
+
+    def rows(self, pool: Reservoir, k: int) -> list[Row]:
+        found = []
+        for cloud in ("raw", "centred"):
+            if cloud == "centred" and not self.count:
+                continue
+            mean = self.total / self.count if cloud == "centred" else None
+            assert mean is None or isinstance(mean, Tensor)
+            for param in ("same", "different", "control"):
+                name = "control" if param == "control" else "first"
+                if name not in pool:
+                    continue
+                values, ids = pool[f"{name}{k}"], pool[name].tolist()
+                cosines, used = (_alike if param == "same" else _apart)(values, ids, mean)
+                found += self._told(cosines, used, len(ids), param, cloud)
+        return found
+
+    def _told(self, cosines: Tensor, used: int, offered: int, param: str, cloud: str) -> list[Row]:
+        """`used` of the `offered` prompts are part of a pair."""
+        found, null = [], self.same if param == "same" else 0.0
+        for head, value in [(None, cosines.nanmean()), *enumerate(cosines)]:
+            n = 0 if value.isnan() else used
+            sd = None
+            if param != "same" and n > 1:
+                shared = self.whole if head is None else self.each[head]
+                sd = leaves.anisotropy_sd(n, 1) * math.sqrt(shared)
+            row = Row(*self.at, "sink.value_cos", _defined(float(value)), None, None, n, offered - n, null, sd)
+            found.append(row._replace(head=head, cloud=cloud, param=param))
+        return found
+
+
+@torch.no_grad()
+def contents(trajectory: Trajectory, k: int) -> Tensor:
+    """F_h y_j of step k (B, H, T, p) in float64, in an orthonormal basis of the p dimensions that head h writes to.
+
+    Effective: of y without the norm's bias. Lengths and angles are those in E. Cost H N r^2.
+    """
+    block, y = trajectory.block(k), trajectory.steps[k].read
+    content, norm = block.attention.content, block.read_attn
+    if isinstance(norm, Norm) and norm.bias is not None:
+        y = y - norm.bias.to(y)
+    z = wide(content.right(y)).repeat_interleave(content.heads // content.groups, 1)
+    return z @ _core(content.left_rows())
+
+
+def _core(left_rows: Tensor) -> Tensor:
+    """T (H, r, p) with L = Q T^T, Q of orthonormal columns."""
+    return torch.linalg.qr(wide(left_rows).mT, mode="r").R.mT
+
+
+def _apart(values: Tensor, ids: Sequence[int], mean: Tensor | None) -> tuple[Tensor, int]:
+    """Cosine (H,) over pairs of different ids: the first prompt of each id, and how many these are."""
+    first: dict[int, int] = {}
+    for place, token in enumerate(ids):
+        first.setdefault(token, place)
+    chosen = values[list(first.values())]
+    return sinks.value_cosine(chosen, mean), len(chosen)
+
+
+def _alike(values: Tensor, ids: Sequence[int], mean: Tensor | None) -> tuple[Tensor, int]:
+    """Cosine (H,) over all pairs of equal ids, and how many prompts are part of such a pair."""
+    places: dict[int, list[int]] = {}
+    for place, token in enumerate(ids):
+        places.setdefault(token, []).append(place)
+    groups = [group for group in places.values() if len(group) > 1]
+    total, pairs = values.new_zeros(values.shape[1]), values.new_zeros(values.shape[1])
+    for group in groups:
+        cosine = sinks.value_cosine(values[group], mean)
+        weight = len(group) * (len(group) - 1) * (~cosine.isnan()).double()
+        total, pairs = total + weight * cosine.nan_to_num(), pairs + weight
+    return total / pairs, sum(map(len, groups))  # 0/0 is nan
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
