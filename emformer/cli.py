@@ -226,7 +226,8 @@ def _records(arguments: Sequence[str]) -> None:
     parser = _Parser(
         "emformer records",
         description="What the callbacks of a run recorded about its token cloud: a line a key, with the steps and layers there "
-        "are and, of the row recorded last, mean ± standard error, what chance alone would give (null) and where it stands. "
+        "are and the plainest row of the last step (over all heads and layers where there is one, else of the deepest layer): "
+        "mean ± standard error, what chance alone would give (null), how many prompts or points it counts, and its place. "
         "--key and --family show keys by layer and step. A run that is still training is read up to its last whole row. "
         "In Python: emformer.read_records('runs/*').",
         allow_abbrev=False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -36,14 +36,19 @@ def select(records: pd.DataFrame, keys: Sequence[str], families: Sequence[str], 
 
 
 def overview(records: pd.DataFrame, known: Mapping[str, Key], width: int | None = None) -> str:
-    """Run by run a line a key: at how many steps, in which layers, and of the row recorded last its mean ± standard error, null,
-    number of prompts (valid/all) and place; then the definition, where it is `known`. Lines are cut at `width`."""
+    """Run by run a line a key: at how many steps, in which layers, and of the plainest row of its last step mean ± standard
+    error, null, number of prompts or points (valid/all) and place; then the definition, where it is `known`. Lines are cut at
+    `width`.
+
+    The plainest row: without parameters (so of no control), of the raw cloud, over all heads and layers, else the deepest layer.
+    """
     told = []
     for run, rows in records.groupby("run", sort=False):
         steps = rows["step"].dropna().unique()
         table = [["key", "steps", "layers", "last", "", "null", "n", "at", "" if not known else "what it is"]]
         for key, own in rows.groupby("key", sort=False):
-            last, layers = own.iloc[-1], [int(layer) for layer in sorted(own["layer"].dropna().unique())]
+            newest = own[own["step"] == own["step"].max()].to_dict("records") or own.to_dict("records")
+            last, layers = max(reversed(newest), key=_plainness), sorted(int(layer) for layer in own["layer"].dropna().unique())
             line = [str(key), str(own["step"].nunique()), _span(layers), *_cells(last), _place(last)]
             table.append([*line, _definition(str(key), known)])
         at = f" at {len(steps)} steps, {min(steps)} to {max(steps)}" if len(steps) > 1 else ""
@@ -55,7 +60,7 @@ def overview(records: pd.DataFrame, known: Mapping[str, Key], width: int | None 
 
 def by_layer(records: pd.DataFrame, known: Mapping[str, Key]) -> str:
     """Key by key and run by run a line a place, from the first layer to the last, and a column of means a step: at most `STEPS`,
-    with the first and the last; of the last, standard error, null and number of prompts (valid/all) too."""
+    with the first and the last; of the last, standard error, null and number of prompts or points (valid/all) too."""
     told = []
     known_steps = records.dropna(subset=["step"])
     for key, run in known_steps[["key", "run"]].drop_duplicates().itertuples(index=False):
@@ -63,8 +68,8 @@ def by_layer(records: pd.DataFrame, known: Mapping[str, Key]) -> str:
         steps = sorted(rows["step"].unique())
         count = min(STEPS, len(steps))
         shown = [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
-        places: dict[str, dict[int, Any]] = {}
-        for _, row in rows[rows["step"].isin(shown)].sort_values("layer", kind="stable").iterrows():
+        places: dict[str, dict[int, Mapping[Hashable, Any]]] = {}
+        for row in rows[rows["step"].isin(shown)].sort_values("layer", kind="stable").to_dict("records"):
             places.setdefault(_place(row), {})[row["step"]] = row
         table = [["", *map(str, shown), "", "null", "n"]]
         for place, found in places.items():
@@ -87,15 +92,20 @@ def _definition(key: str, known: Mapping[str, Key]) -> str:
     return f"share of tokens for which {key.removesuffix(UNDEFINED)} is undefined" if key.endswith(UNDEFINED) else ""
 
 
-def _place(row: Any) -> str:
+def _plainness(row: Mapping[Hashable, Any]) -> tuple[int, bool, bool, float]:
+    words = 0 if pd.isna(row["param"]) else len(row["param"].split())
+    return -words, row["cloud"] == "raw", bool(pd.isna(row["head"])), math.inf if pd.isna(row["layer"]) else float(row["layer"])
+
+
+def _place(row: Mapping[Hashable, Any]) -> str:
     """As "layer 3 attn head 0 centred k=4", without what is undefined; the raw cloud goes without saying."""
-    words = [f"{name} {row[name]}" for name in ("layer", "head") if not pd.isna(row[name])]
-    words[1 if not pd.isna(row["layer"]) else 0 : 0] = [row["point"]] if not pd.isna(row["point"]) else []
-    return " ".join([*words, *(row[name] for name in ("cloud", "param") if not pd.isna(row[name]) and row[name] != "raw")])
+    words = ["all layers" if pd.isna(row["layer"]) else f"layer {row['layer']}", row["point"]]
+    words += [row["head"] if pd.isna(row["head"]) else f"head {row['head']}", row["cloud"], row["param"]]
+    return " ".join(word for word in words if not pd.isna(word) and word != "raw")
 
 
-def _cells(row: Any) -> list[str]:
-    """Mean, ± standard error, null, and number of prompts."""
+def _cells(row: Mapping[Hashable, Any]) -> list[str]:
+    """Mean, ± standard error, null, and how many were valid."""
     error = f"± {_short(row['se'], 2)}" if not math.isnan(row["se"]) else ""
     null = "" if math.isnan(row["null"]) else _short(row["null"])
     if not math.isnan(row["null_sd"]):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import glob
 import io
-import math
 import operator
 import os
 import warnings
@@ -38,7 +37,7 @@ class Recordings:
             begins anew, every row is cut, those of step 0 too.
     """
 
-    def __init__(self, path: Path, step: int = -1):
+    def __init__(self, path: Path, step: int):
         self._journal = Journal(path, step)
 
     def append(self, step: int, rows: Iterable[Row]) -> None:
@@ -55,7 +54,7 @@ def _whole(value: Any) -> int | None:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None
+    return None if value is None else float(value)
 
 
 _PLAIN: dict[str, Callable[[Any], Any]] = {

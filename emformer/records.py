@@ -6,8 +6,6 @@ tokenizer.json
 metrics.jsonl      append-only: one row a step that is logged; the truth, every other logger mirrors it
 records.jsonl      append-only: one row a statistic that callbacks recorded; the truth, see `emformer.recordings`
 records.parquet    the same rows, derived; report.html and figures/ are derived too
-records.jsonl      append-only: one row a statistic that callbacks recorded; the truth, see `emformer.recordings`
-records.parquet    the same rows, derived; report.html and figures/ are derived too
 checkpoints/       last.ckpt (everything, to resume), best.ckpt and step-*.ckpt (weights and settings)
 """
 
@@ -157,8 +155,6 @@ class Run:
         self.path = Path(path)
         self.config, self.environment = self.path / "config.yaml", self.path / "environment.json"
         self.metrics, self.tokenizer = self.path / "metrics.jsonl", self.path / "tokenizer.json"
-        self.records, self.parquet = self.path / "records.jsonl", self.path / "records.parquet"
-        self.report, self.figures = self.path / "report.html", self.path / "figures"
         self.records, self.parquet = self.path / "records.jsonl", self.path / "records.parquet"
         self.report, self.figures = self.path / "report.html", self.path / "figures"
         self.checkpoints = self.path / "checkpoints"

@@ -4,7 +4,7 @@ Everything happens in a temporary folder with copies of `configs` and `train`, i
 use what an earlier one made. What is shrunken, and nothing else is:
 
 * `make TARGET` is shown by `make -n` in the repository; the `emformer` lines that it would run are then run as below;
-* `emformer fit` gets two steps, two rows a batch and a few validation windows (`SHORT`), after its own options;
+* `emformer fit` gets two steps, two rows a batch, a few validation windows and prompts (`SHORT`), after its own options;
 * `python train/…` gets the options in `SCRIPTS`, after its own; FILE is a small text;
 * every other `emformer` command and every Python block is run as it stands.
 
@@ -38,6 +38,7 @@ SHORT = {
     "training.accelerator": "cpu",
     "training.devices": 1,
     "training.strategy": "auto",
+    "probe.prompts": 40,
 }
 SCRIPTS = {
     "train/compare.py": ["--steps", "2", "--every", "2", "--seeds", "1"],
@@ -145,7 +146,7 @@ def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             for command in commands(block):
                 run_shell(command, tmp_path)
                 ran += 1
-                if command.startswith(("emformer validate", "emformer info", "emformer generate")):
+                if command.startswith(("emformer validate", "emformer info", "emformer generate", "emformer records")):
                     assert capsys.readouterr().out.strip(), f"{place}: {command} printed nothing"
         elif block.language in PYTHON:
             exec(compile(block.text, place, "exec"), {"__name__": "readme"})

@@ -1,6 +1,6 @@
 """Loss curves of low-rank against dense operators: the same settings, seeds and batches, M and F apart.
 
-python train/compare.py -c configs/default.yaml --seeds 3 --figure train/lowrank-dense.svg
+python train/compare.py -c configs/default.yaml --steps 300 --every 50 --figure train/lowrank-dense.svg
 python train/compare.py -c configs/shakespeare-char.yaml --path FILE --steps 300
 """
 
@@ -29,7 +29,7 @@ def main() -> None:
     given = options.parse_args()
     base = emf.read_settings(given.config)
     steps = given.steps or base.training.max_steps
-    base = replace(base, data=replace(base.data, path=given.path or base.data.path))
+    base = replace(base, data=replace(base.data, path=given.path or base.data.path), callbacks=[])
     model = base.model
     dense = replace(model, form=Dense(), content=Dense(update_std=model.content.update_std))
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")

@@ -55,7 +55,8 @@ def main() -> None:
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for name in given.names or sorted(path.stem for path in FOLDER.glob("*.yaml")):
         config = settings(name)
-        config = replace(config, training=replace(config.training, max_steps=given.steps or config.training.max_steps, sample=0))
+        steps = given.steps or config.training.max_steps
+        config = replace(config, callbacks=[], training=replace(config.training, max_steps=steps, sample=0))
         begin = time.perf_counter()
         run = emf.load(emf.fit(config, given.runs / name, resume=True).path)
         took, skipped = time.perf_counter() - begin, replace(run, model=surgery.skip(run.model, "attn"))

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from emformer.figures.frames import at, every, steps
-from emformer.figures.style import STYLE, blank, chance, finish, heat, note, undefined
+from emformer.figures.frames import at, every, sample, steps
+from emformer.figures.style import STYLE, blank, chance, finish, grey, heat
 
 
 class Panel(NamedTuple):
@@ -48,12 +48,11 @@ def energy(frame: pd.DataFrame) -> Figure | None:
         heat(figure, one, values, matplotlib.colormaps[panel.colours], (0.0, 1.0), panel.unit)
         facts = [f", {param}" for param in rows["param"].unique() if param]
         facts += [f", step {own}" for own in steps(rows) if own != step]
-        one.set(title=panel.title + "".join(facts) + chance(rows["null"], "uniform attention:"), xlabel="head")
+        one.set(title=panel.title + "".join(facts) + chance(rows["null"], "uniform attention:"), xlabel=grey(values, "head"))
         one.set_xticks(range(0, heads, -(-heads // 16)))
         one.set_yticks(range(0, layers, -(-layers // 16)))
-        note(one, undefined(rows["mean"].to_numpy(), "heads"))
     axes[0].set_ylabel("layer")
-    return finish(figure, "Attention by layer and head", frame, [step])
+    return finish(figure, "Attention by layer and head", frame, [step], sample("prompts", *found.values()))
 
 
 def _last(frame: pd.DataFrame, key: str) -> pd.DataFrame:

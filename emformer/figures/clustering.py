@@ -14,14 +14,13 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
-from emformer.figures.frames import Place, along, every, grid, pick, places, steps
+from emformer.figures.frames import Place, along, at, grid, pick, places, sample, steps, trained
 from emformer.figures.style import (
     BLUE,
     GREEN,
     GREY,
     LABELS,
     NAVY,
-    ORANGE,
     PURPLE,
     SKY,
     STYLE,
@@ -34,8 +33,9 @@ from emformer.figures.style import (
     depth_name,
     draw_null,
     finish,
+    grey,
     heat,
-    key,
+    legend,
     note,
     thin,
     ticks,
@@ -45,15 +45,19 @@ from emformer.figures.style import (
 NICE = (0.1, 0.2, 0.5, 1.0)  # ends of a scale of cosines; less than the first is as good as none
 CLASSES = {"label=class": "class", "label=token": "token id"}
 TITLES = {
-    "clusters": "how many: components of the graph cos ≥ c",
-    "silhouette": "how distinct: 1 compact and apart, 0 no clusters",
+    "clusters": ("how many in a prompt: pieces of the graph cos ≥ c", "prompts"),
+    "silhouette": ("how distinct, over all prompts (0: no clusters)", "tokens"),
 }
 THRESHOLDS = {"c=0.9": SKY, "c=0.99": BLUE, "c=0.999": NAVY}
-CURVES = (VERMILION, GREEN, PURPLE, ORANGE)
+SILHOUETTES = {
+    "clu.silhouette": ("k-means", VERMILION),
+    "clu.density_silhouette": ("HDBSCAN", GREEN),
+    "clu.best_silhouette": ("best k", PURPLE),
+}
 
 
 class Curve(NamedTuple):
-    param: str
+    name: str
     rows: pd.DataFrame
     colour: str
 
@@ -66,28 +70,25 @@ def cosines(frame: pd.DataFrame) -> Figure | None:
 
     Returns None without `clu.mean_cos` of the raw cloud and `clu.mean_cos_centred`. Raises ValueError for several runs.
     """
-    centred = pick(frame, "clu.mean_cos_centred")
-    if centred.empty:
-        centred = pick(frame, "clu.mean_cos", cloud="centred")
-    both = {"raw cloud": pick(frame, "clu.mean_cos"), "mean removed": centred}
+    both = {"raw cloud": pick(frame, "clu.mean_cos"), "mean removed": pick(frame, "clu.mean_cos_centred", cloud="centred")}
     both = {name: rows for name, rows in both.items() if not rows.empty}
     if not both:
         return None
     recorded, where = steps(*both.values()), places(*both.values())
     figure, panels = blank(float(np.clip(1.8 + 0.3 * len(where), 4.0, 7.5)), 1, len(both), sharey=True)
     for axes, (name, rows) in zip(panels, both.items(), strict=True):
-        values = grid(rows, where, recorded).T
+        own = steps(rows)
+        values = grid(rows, where, own).T
         size = np.nanmax(np.abs(values), initial=0.0)
         end = next((nice for nice in NICE if size <= nice), 1.0)
         scale = "mean cosine" if axes is panels[-1] else ""
         heat(figure, axes, values, matplotlib.colormaps["RdBu_r"], (-end, end), scale)
-        shown = thin(range(len(recorded)), 14 // len(both))
-        axes.set_xticks(shown, [str(recorded[k]) for k in shown])
-        axes.set(title=name + chance(rows["null"]), xlabel="training step")
-        note(axes, undefined(values, "cells"))
+        shown = thin(range(len(own)), 14 // len(both)) if trained(frame) else []
+        axes.set_xticks(shown, [str(own[k]) for k in shown])
+        axes.set(title=name + chance(rows["null"]), xlabel=grey(values, "training step" if trained(frame) else ""))
     panels[0].set_yticks(*ticks(where, LABELS))
     panels[0].set_ylabel(depth_name(where))
-    return finish(figure, "Mean cosine between tokens", frame, recorded)
+    return finish(figure, "Mean cosine between tokens", frame, recorded, sample("prompts", *both.values()))
 
 
 @rc_context(STYLE)
@@ -115,25 +116,23 @@ def separation(frame: pd.DataFrame) -> Figure | None:
     null = draw_null(axes, x, rows, where, recorded[-1])
     axes.set_ylabel("W/T: variance within classes, share of all\n(lower: better separated)")
     note(axes, undefined(values, "values"))
-    key(figure, where, [], "labels at random" if null else "")
+    legend(figure, where, [], "labels at random" if null else "")
     shades.bar(figure, [axes])
-    return finish(figure, f"Label separation: tokens grouped by {name}", frame, recorded)
+    return finish(figure, f"Label separation: tokens grouped by {name}", frame, recorded, sample("tokens", rows))
 
 
 @rc_context(STYLE)
 def clusters(frame: pd.DataFrame) -> Figure | None:
     """The number of clusters (connected components of the graph cos >= c) and the silhouette by depth.
 
-    The last training step in full lines with 95 % intervals, the untrained model (step 0) in dotted ones; dashed: the null. Of
-    silhouettes of several params the four recorded most often are shown.
+    The last training step in full lines with 95 % intervals, the untrained model (step 0) in dotted ones; dashed: the null.
+    Silhouettes: of k-means, of HDBSCAN, and the best of k-means over k.
 
-    Returns None without `clu.components` at c = 0.9, 0.99 or 0.999 and `clu.silhouette`. Raises ValueError for several runs.
+    Returns None without `clu.components` at c = 0.9, 0.99 or 0.999 and without silhouettes. Raises ValueError for several runs.
     """
-    counts, quality = every(frame, "clu.components"), every(frame, "clu.silhouette")
-    often = quality["param"].value_counts(sort=False).sort_values(ascending=False, kind="stable").index
     panels = {
-        "clusters": [Curve(param, counts[counts["param"] == param], colour) for param, colour in THRESHOLDS.items()],
-        "silhouette": [Curve(p, quality[quality["param"] == p], colour) for p, colour in zip(often, CURVES, strict=False)],
+        "clusters": [Curve(c, pick(frame, "clu.components", param=c), colour) for c, colour in THRESHOLDS.items()],
+        "silhouette": [Curve(name, pick(frame, key), colour) for key, (name, colour) in SILHOUETTES.items()],
     }
     panels = {name: kept for name, curves in panels.items() if (kept := [one for one in curves if len(one.rows)])}
     if not panels:
@@ -153,9 +152,10 @@ def clusters(frame: pd.DataFrame) -> Figure | None:
             one.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}", minor_locator=NullLocator())
         handles = [Line2D([], [], marker="o", color=curve.colour, label=_name(curve, recorded[-1])) for curve in curves]
         one.legend(handles=handles, loc="center left", bbox_to_anchor=(1, 0.5))
-        one.set(title=TITLES[name], ylabel=name)
+        heading, unit = TITLES[name]
+        one.set(title=f"{heading}, {sample(unit, *(at(curve.rows, recorded[-1]) for curve in curves))}".rstrip(", "), ylabel=name)
     untrained = [Line2D([], [], color=GREY, linestyle=":", label="untrained (step 0)")] if recorded[0] == 0 < recorded[-1] else []
-    key(figure, where, untrained, "expected by chance" if null else "")
+    legend(figure, where, untrained, "expected by chance" if null else "")
     return finish(figure, "Clusters along the depth", frame, recorded[-1:])
 
 
@@ -170,4 +170,4 @@ def _draw(axes: Axes, curve: Curve, where: Sequence[Place]) -> bool:
 
 def _name(curve: Curve, step: int) -> str:
     own = steps(curve.rows)[-1]
-    return (curve.param or "all") + (f" (step {own})" if own != step else "")
+    return curve.name + (f" (step {own})" if own != step else "")

@@ -93,10 +93,18 @@ def trained(frame: pd.DataFrame) -> bool:
     return "step" in frame and bool(frame["step"].notna().any())
 
 
-def origin(frame: pd.DataFrame, when: Sequence[int]) -> str:
-    """Whose rows they are: the last part of the run's path and the training steps, as far as the frame tells."""
+def sample(unit: str, *rows: pd.DataFrame) -> str:
+    """How many the rows are means over: "n = 64 prompts", or from the fewest to the most."""
+    n = pd.concat([some["n_valid"] for some in rows]).dropna()
+    if n.empty:
+        return ""
+    return f"n = {n.max():.0f} {unit}" if n.min() == n.max() else f"n = {n.min():.0f} to {n.max():.0f} {unit}"
+
+
+def origin(frame: pd.DataFrame, when: Sequence[int], size: str = "") -> str:
+    """Whose rows they are: the last part of the run's path, the training steps and the sample, as far as the frame tells."""
     runs = frame["run"].dropna() if "run" in frame else ()
     known = [PurePath(str(runs.iloc[0])).name] if len(runs) else []
     if trained(frame):
         known.append(f"step {when[-1]}" if len(when) == 1 else f"steps {when[0]} to {when[-1]}")
-    return ", ".join(known)
+    return ", ".join([*known, size] if size else known)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from emformer.figures.frames import along, grid, pick, places, steps
-from emformer.figures.style import BANDS, GREY, STYLE, Shades, bars, blank, draw_null, finish, key, note, undefined
+from emformer.figures.frames import along, grid, pick, places, sample, steps
+from emformer.figures.style import BANDS, GREY, STYLE, Shades, bars, blank, draw_null, finish, legend
 
 KINDS = {"attn": "attention of layer", "ffn": "FFN of layer", "block": "block"}
 GAP = 1.2  # between the layers of one kind and of the next
@@ -24,11 +25,12 @@ class Panel(NamedTuple):
     title: str
     unit: str
     factor: float = 1.0
+    cloud: str = "raw"
 
 
 PANELS = (
     Panel("flow.speed_rel", "relative speed", "|D| / |x|"),
-    Panel("flow.angular", "angular speed", "degrees", 180 / math.pi),
+    Panel("flow.angular", "angular speed, read cloud", "degrees", 180 / math.pi, "read"),
     Panel("flow.interference", "interference with the stream", "cos(x, D)"),
     Panel("flow.head_cancel", "cancellation between heads", "1 − |ΣD| / Σ|D|"),
 )
@@ -44,7 +46,7 @@ def flow(frame: pd.DataFrame) -> Figure | None:
     Returns None without any of `flow.speed_rel`, `flow.angular`, `flow.interference`, `flow.head_cancel`; panels of missing ones
     are left out. Raises ValueError for several runs in one frame.
     """
-    found = {panel: rows for panel in PANELS if not (rows := pick(frame, panel.key)).empty}
+    found = {panel: rows for panel in PANELS if not (rows := pick(frame, panel.key, cloud=panel.cloud)).empty}
     if not found:
         return None
     recorded, where = steps(*found.values()), places(*found.values())
@@ -75,9 +77,9 @@ def flow(frame: pd.DataFrame) -> Figure | None:
                 )
         for point, x in start.items():
             one.axvspan(x - GAP / 2, x + layers - 1 + GAP / 2, color=BANDS.get(point, "white"), linewidth=0, zorder=0)
-    key(figure, [], [], "expected by chance" if any(nulls) else "")
+    legend(figure, [], [], "expected by chance" if any(nulls) else "")
     shades.bar(figure, axes[: len(found)])
-    return finish(figure, "Flow: how each layer moves the cloud", frame, recorded)
+    return finish(figure, "Flow: how each layer moves the cloud", frame, recorded, sample("prompts", *found.values()))
 
 
 def _draw(axes: Axes, panel: Panel, rows: pd.DataFrame, start: dict[str, float], shades: Shades) -> bool:
@@ -93,8 +95,8 @@ def _draw(axes: Axes, panel: Panel, rows: pd.DataFrame, start: dict[str, float],
         mean, se = (panel.factor * along(rows, where, recorded[-1], column) for column in ("mean", "se"))
         bars(axes, x, mean, se, color=shades[recorded[-1]])
         nulls |= draw_null(axes, x, rows, where, recorded[-1], panel.factor)
-    note(axes, undefined(grid(rows, places(rows), recorded), "values"))
+    lost = int(np.isnan(grid(rows, places(rows), recorded)).sum())
     axes.grid(axis="y")
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.set(title=panel.title, ylabel=panel.unit)
+    axes.set(title=panel.title + (f" ({lost} undefined)" if lost else ""), ylabel=panel.unit)
     return nulls

@@ -25,7 +25,7 @@ from emformer.figures.frames import Place, along, label, origin
 
 WIDTH = 8.2  # inches: 902 pixels at
 DPI = 110
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -51,11 +51,11 @@ STYLE: dict[str, Any] = {
     "svg.hashsalt": "emformer",  # or the names inside an SVG change with every writing
 }
 INK, GREY, PALE = "#222222", "#8a8a8a", "#d9d9d9"
-ORANGE, SKY, BLUE, NAVY = "#E69F00", "#56B4E9", "#0072B2", "#12355B"
+SKY, BLUE, NAVY = "#56B4E9", "#0072B2", "#12355B"
 GREEN, PURPLE, VERMILION = "#009E73", "#CC79A7", "#D55E00"
 STEPS = {"attn": "attention step", "ffn": "FFN step"}
 BANDS = {"attn": "#fdf0dd", "ffn": "#e9f2f9"}
-NULL_STYLE: dict[str, Any] = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1.3, "zorder": 3.5}
+NULL_STYLE: dict[Any, Any] = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1.3, "zorder": 3.5}
 Z95 = 1.96  # half width of a 95 % interval in standard errors
 LABELS = 20  # of a depth axis as wide as the figure
 LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green, blue
@@ -69,9 +69,9 @@ def blank(height: float, rows: int = 1, columns: int = 1, **axes: Any) -> tuple[
     return figure, list(figure.subplots(rows, columns, squeeze=False, **axes).flat)
 
 
-def finish(figure: Figure, text: str, frame: pd.DataFrame, when: Sequence[int]) -> Figure:
-    """Say what the figure shows, of which run, at which training steps, and lay it out for good."""
-    figure.suptitle(f"{text}\n{origin(frame, when)}".rstrip(), x=0.01, ha="left", fontsize=12)
+def finish(figure: Figure, text: str, frame: pd.DataFrame, when: Sequence[int], size: str = "") -> Figure:
+    """Say what the figure shows, of which run, at which training steps, from how many, and lay it out for good."""
+    figure.suptitle(f"{text}\n{origin(frame, when, size)}".rstrip(), x=0.01, ha="left", fontsize=12)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -87,7 +87,7 @@ def note(axes: Axes, text: str) -> None:
 
 
 def undefined(values: np.ndarray, what: str) -> str:
-    """ "2 of 9 states undefined", or nothing where all are known."""
+    """How many values are lost, as "2 of 9 states undefined"; nothing where all are known."""
     lost = int((~np.isfinite(values)).sum())
     return f"{lost} of {values.size} {what} undefined" if lost else ""
 
@@ -129,7 +129,7 @@ def thin(values: Sequence[int], most: int) -> list[int]:
 
 def bars(axes: Axes, x: Sequence[float] | np.ndarray, y: np.ndarray, se: np.ndarray, **line: Any) -> None:
     """A line with 95 % intervals; where the standard error is not known, without."""
-    look = {"fmt": "o-", "elinewidth": 1.2, "capsize": 2.5, "zorder": 4} | line
+    look: dict[str, Any] = {"fmt": "o-", "elinewidth": 1.2, "capsize": 2.5, "zorder": 4} | line
     axes.errorbar(x, y, Z95 * se if np.isfinite(se).any() else None, **look)
 
 
@@ -149,14 +149,14 @@ def draw_null(
     return True
 
 
-def key(figure: Figure, where: Sequence[Place], handles: Sequence[Artist], nulls: str = "", columns: int = 4) -> None:
+def legend(figure: Figure, where: Sequence[Place], handles: Sequence[Artist], nulls: str = "") -> None:
     """The legend below the axes: handles, what a dashed line is, and the tints of the steps there are."""
     shown = [*handles]
     if nulls:
         shown.append(Line2D([], [], label=nulls, **NULL_STYLE))
     shown += [Patch(color=colour, label=STEPS[point]) for point, colour in BANDS.items() if any(p == point for _, p in where)]
     if shown:
-        figure.legend(handles=shown, loc="outside lower center", ncols=columns)
+        figure.legend(handles=shown, loc="outside lower center", ncols=4)
 
 
 class Shades:
@@ -212,7 +212,13 @@ def heat(figure: Figure, axes: Axes, values: np.ndarray, colours: Colormap, limi
         axes.text(column, row, text, color=colour, ha="center", va="center", fontproperties=font, clip_on=True)
 
 
+def grey(values: np.ndarray, name: str) -> str:
+    """The name of an axis below a heat map, and how many of its cells are undefined."""
+    lost = undefined(values, "cells")
+    return f"{name}  (grey: {lost})".strip() if lost else name
+
+
 def chance(null: pd.Series, name: str = "by chance") -> str:
-    """ " (by chance 0.25)", or nothing where no row has a null."""
+    """What chance alone would give, as a remark in brackets; nothing where no row has a null."""
     known = null.dropna()
     return f" ({name} {known.mean():.2g})".replace("-", "−") if len(known) else ""

@@ -22,8 +22,8 @@ from emformer.geometry.neighbours import Neighbours, log_ratios
 
 LEVEL = 0.05
 AGREEMENT = (2, 4, 8)  # scales of `dimension.gride` whose signs must agree, see `counts`
+_ROUNDING = 1e-10  # nats; changes this small have no dependence worth a quotient
 
-Blocks = Float64[Tensor, " blocks"]
 Pairs = Sequence[tuple[int, int]]
 
 
@@ -35,7 +35,8 @@ class Change(NamedTuple):
     low: Float64[Tensor, "*changes"]  # 95 %; without 0 iff p <= .05
     high: Float64[Tensor, "*changes"]
     p: Float64[Tensor, "*changes"]  # two-sided, of no change
-    p_up: Float64[Tensor, "*changes"]  # of no change, against an increase
+    p_up: Float64[Tensor, "*changes"]  # of no increase
+    p_down: Float64[Tensor, "*changes"]  # of no decrease
     inflation: Float64[Tensor, "*changes"]  # variance over that of independent terms: the effective N is N / inflation
 
 
@@ -101,28 +102,27 @@ def breathing(
     attn: Pairs | None = None,
     mlp: Pairs | None = None,
     prompts: Int64[Tensor, " points"] | None = None,
+    resamples: int = 2000,
     seed: int = 0,
 ) -> Breathing:
     """The test for breathing of a whole trajectory, on the clouds X^0, X^{1/2}, X^1 ... X^L of the same prompts.
 
     `p` is of "the mean b_attn is not positive or the mean b_mlp not negative", the larger of two one-sided p: a trajectory
-    breathes if it does both. At most 5 % of those that do not breathe have p <= .05; exactly 5 % if one of the two happens
-    clearly and the other is 0 (dimensions 4, 6, 6, 8, 8), 1 % if nothing happens at all. `amplitude.p` is of "nothing happens",
-    exactly 5 % then; alone it cannot tell a sawtooth from growth at two speeds. Flipping the signs of L blocks could not reach 5
-    % for L < 5, and the blocks share clouds; here the whole trajectory is resampled by prompts. Source: math G.4.
+    breathes if it does both. At most 5 % of those that do not breathe have p <= .05: 5 % if one of the two happens clearly and
+    the other is 0 (dimensions 4, 6, 6, 8, 8), 1 to 3 % if nothing happens at all. `amplitude.p` is of "nothing happens", and 5
+    % then; alone it cannot tell a sawtooth from growth at two speeds. The test resamples the prompts of the whole trajectory.
+    Flipping the signs of L blocks instead gives no p below 2^-L, and neighbouring blocks share a cloud. Source: math G.4.
 
     Args:
         attn: for each block the states before and after attention. Default: (0, 1), (2, 3) ...
         mlp: the same for the FFN. Default: (1, 2), (3, 4) ... A parallel block has both from its input.
-        prompts: see `contrasts`.
+        prompts, resamples, seed: see `contrasts`.
     """
-    if attn is None or mlp is None:
-        if attn is not mlp or len(states) % 2 == 0:
-            raise ValueError("give the pairs of states of both attn and mlp, or of neither and an odd number of states")
+    if attn is None and mlp is None and len(states) % 2:
         attn = [(at, at + 1) for at in range(0, len(states) - 1, 2)]
         mlp = [(at + 1, at + 2) for at in range(0, len(states) - 1, 2)]
-    if len(attn) != len(mlp):
-        raise ValueError(f"as many changes at attention as at the FFN, not {len(attn)} and {len(mlp)}")
+    if attn is None or mlp is None or len(attn) != len(mlp):
+        raise ValueError("needs a pair of states for attention and one for the FFN of each block, or an odd number of states")
     rows = torch.zeros(2 * len(attn), len(states), dtype=torch.float64)
     for row, (before, after) in zip(rows, [*attn, *mlp], strict=True):
         row[before] -= 1
@@ -131,14 +131,14 @@ def breathing(
     defined = [math.isfinite(twonn(state).value) for state in states]
     valid = [all(defined[at] for at in (*x, *y)) for x, y in zip(attn, mlp, strict=True)]
     a_mean, m_mean = a[valid].mean(0), m[valid].mean(0)
-    both = torch.stack([a_mean, m_mean, -m_mean, (a_mean - m_mean) / 2, a_mean + m_mean])
-    change = contrasts(states, torch.cat([rows, both]), prompts, seed=seed)
+    means = torch.stack([a_mean, m_mean, (a_mean - m_mean) / 2, a_mean + m_mean])
+    change = contrasts(states, torch.cat([rows, means]), prompts, resamples, seed=seed)
     n = len(attn)
-    attn_change, mlp_change = (Change(*(field[part] for field in change)) for part in (slice(n), slice(n, 2 * n)))
-    mean_attn, mean_mlp, mean_fall, amplitude, drift = (Change(*(field[2 * n + at] for field in change)) for at in range(5))
-    p = float(torch.maximum(mean_attn.p_up, mean_fall.p_up))
-    total = sawtooth(attn_change.value, mlp_change.value)
-    return Breathing(attn_change, mlp_change, mean_attn, mean_mlp, amplitude, drift, p, total)
+    a_change, m_change = (Change(*(field[part] for field in change)) for part in (slice(n), slice(n, 2 * n)))
+    mean_attn, mean_mlp, amplitude, drift = (Change(*(field[2 * n + at] for field in change)) for at in range(4))
+    p = float(torch.maximum(mean_attn.p_up, mean_mlp.p_down))
+    total = sawtooth(a_change.value, m_change.value)
+    return Breathing(a_change, m_change, mean_attn, mean_mlp, amplitude, drift, p, total)
 
 
 @torch.no_grad()
@@ -150,7 +150,9 @@ def contrasts(
     splits: int = 128,
     seed: int = 0,
 ) -> Change:
-    """sum_s w_s log d_s for each row of weights that sum to 0, d the `twonn` of each state, with its uncertainty over prompts.
+    """sum_s w_s log d_s for each row w of weights, d the `twonn` of each state, with its uncertainty over prompts.
+
+    A row -1, +1 is a change; one that is 1 at a single state gives the error of a dimension, dependence included.
 
     The cluster bootstrap draws prompts with replacement, the same for all states, and keeps each point's ratio (with neighbours
     searched anew, two in three points would meet their own copy at distance 0). Its deviations are multiplied by the root of
@@ -160,24 +162,21 @@ def contrasts(
     it over to the full one, where a small motion changes the ratios more. The interval is symmetric, the p (1 + exceedances) /
     (1 + resamples).
 
-    Needs 16 neighbours and more, 32 to be safe: a point that sees less than two of its own half is left out there. nan where a
-    state with weight is undefined, or has so few points that a half is. Bitwise the same for the same seed; the global
-    generators are not touched. Cost (splits (S + C) + resamples) N for S states and C rows. Raises ValueError where the
-    states differ in size.
+    Needs 16 neighbours, better 32: a point that sees less than two of its own half is left out there. nan where a state with
+    weight is undefined; the uncertainty also where a half is. Bitwise the same for the same seed; the global generators are not
+    touched. Cost (splits (S + C) + resamples) N for S states and C rows. Raises ValueError where the states differ in size.
 
     Args:
-        prompts: the prompt of each point, from 0. Default: each point is its own.
+        prompts: which prompt each point is from, any numbers. Default: each point is a prompt.
         seed: of the resamples and the splits.
     """
     points = {state.points for state in states}
     if len(points) != 1:
         raise ValueError(f"the states must have the same points, not {sorted(points)}")
-    prompts = torch.arange(points.pop()) if prompts is None else prompts.cpu()
-    generator = np.random.default_rng(seed)
-    n = int(prompts.max()) + 1 if len(prompts) else 0
-    drawn = _resamples(n, resamples, generator)
-    place = torch.from_numpy(generator.random((splits, n)).argsort(1)).T.contiguous()
-    halves = (place < n // 2)[prompts]
+    size = points.pop()
+    prompts = torch.arange(size) if prompts is None else prompts.cpu().unique(return_inverse=True)[1]
+    if len(prompts) != size:
+        raise ValueError(f"needs the prompt of each of the {size} points, got {len(prompts)}")
     value = torch.tensor([twonn(state).value for state in states], dtype=torch.float64).log()
     defined = value.isfinite()
     weights = weights.double().cpu()
@@ -188,23 +187,28 @@ def contrasts(
     if not states:
         return Change(*torch.full((len(Change._fields), len(weights)), torch.nan, dtype=torch.float64))
 
+    generator = np.random.default_rng(seed)
+    n = int(prompts.max()) + 1
+    drawn = _resamples(n, resamples, generator)
+    place = torch.from_numpy(generator.random((splits, n)).argsort(1)).T.contiguous()
+    halves = (place < n // 2)[prompts]
     totals, numbers = _by_prompt(states, prompts, n)
     usual = numbers.sum(0).log() - totals.sum(0).log()
     deviation = weights @ ((drawn @ numbers).log() - (drawn @ totals).log() - usual).T
     gaps, influences = map(torch.stack, zip(*(_halves(state, prompts, n, halves) for state in states), strict=True))
     excess = (weights @ gaps).square().mean(1)
     independent = torch.linalg.vector_norm(weights @ influences.flatten(1), dim=1).square() / splits
-    inflation = torch.where((excess == 0) & (independent == 0), 1, excess / independent)
+    inflation = torch.where(excess + independent < _ROUNDING**2, 1, excess / independent)
     deviation = deviation * inflation.sqrt()[:, None]
-    missing = missing | ~deviation.isfinite().all(1)
 
-    point = weights @ value[defined]
+    point = (weights @ value[defined]).where(~missing, torch.nan)
     # the order statistic that makes "0 outside" and p <= LEVEL the same
     width = deviation.abs().topk(max(1, int(LEVEL * (1 + resamples))), dim=1).values[:, -1]
-    p = (1 + (deviation.abs() >= point.abs()[:, None]).sum(1)) / (1 + resamples)
-    p_up = (1 + (deviation >= point[:, None]).sum(1)) / (1 + resamples)
-    fields = (point, deviation.std(1), point - width, point + width, p, p_up, inflation)
-    return Change(*(field.double().where(~missing, torch.nan) for field in fields))
+    exceeding = (deviation.abs() >= point.abs()[:, None], deviation >= point[:, None], deviation <= point[:, None])
+    ps = [(1 + cases.sum(1).double()) / (1 + resamples) for cases in exceeding]
+    fields = (deviation.std(1), point - width, point + width, *ps, inflation)
+    unknown = missing | ~deviation.isfinite().all(1)
+    return Change(point, *(field.where(~unknown, torch.nan) for field in fields))
 
 
 def _mean(values: Tensor) -> float:
@@ -230,20 +234,18 @@ def _halves(state: Neighbours, prompts: Tensor, n: int, halves: Tensor) -> tuple
     kept, near = state.kept.cpu(), state.indices.cpu()
     logs = state.distances.cpu().log()
     own = halves[kept]
-    first, second = torch.zeros_like(own), torch.zeros_like(own)
-    before_first, before_second = torch.zeros_like(own, dtype=torch.uint8), torch.zeros_like(own, dtype=torch.uint8)
+    seen, before_first, before_second = torch.zeros(3, *own.shape, dtype=torch.int16)
     for at in range(near.shape[1]):
-        same = (halves[near[:, at]] == own) & (near[:, at, None] >= 0)
-        second |= same & first
-        first |= same
-        before_first += ~first
-        before_second += ~second
-        if at % 4 == 3 and second.all():
+        seen += (halves[near[:, at]] == own) & (near[:, at, None] >= 0)
+        before_first += seen == 0
+        before_second += seen < 2
+        if at % 4 == 3 and seen.min() >= 2:
             break
-    last = near.shape[1] - 1  # of a point without two, which `second` leaves out
+    last = near.shape[1] - 1  # of a point without two, which is left out
     ratios = logs.gather(1, before_second.long().clamp(max=last)) - logs.gather(1, before_first.long().clamp(max=last))
+    enough = seen >= 2
     gap, parts = 0.0, 0.0
-    for sign, half in ((1, own & second), (-1, ~own & second)):
+    for sign, half in ((1, own & enough), (-1, ~own & enough)):
         total, count = ratios.where(half, 0).sum(0), half.sum(0)
         gap = gap + sign * (count.log() - total.log())
         parts = parts + torch.where(half, ratios / total - 1 / count, 0)

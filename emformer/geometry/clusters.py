@@ -3,9 +3,9 @@
 Clouds are (..., N, d) of any floating type, rows are tokens, distances are Euclidean between the rows as they are given: for
 the geometry of directions pass `unit(cloud).cloud`, for one without the common direction `unit(centred(cloud)).cloud`. A row
 with a nan or an infinity is no token: it is dropped and counted, so that the places of the other tokens, and with them the
-labels of two layers, still agree. A label below 0 is no label. All is computed in float64, without gradients; what is returned for
-one cloud alone lies on the CPU. Undefined is nan. Standard errors take the tokens for independent, which those of one prompt
-are not: between prompts the spread of the values is the better one.
+labels of two layers, still agree. A label below 0 is no label. All is computed in float64, without gradients; what is returned
+for one cloud alone lies on the CPU. Undefined is nan. Standard errors take the tokens for independent, which those of one
+prompt are not: between prompts the spread of the values is the better one.
 """
 
 from __future__ import annotations
@@ -91,12 +91,12 @@ def mean_cosine(cloud: Clouds) -> MeanCosine:
     directions = directions.nan_to_num(0.0)
     total = directions.sum(-2)
     squared = total.square().sum(-1)
-    left = (directions @ total.unsqueeze(-1)).squeeze(-1)
-    without = (squared.unsqueeze(-1) - 2 * left + 2 - n.unsqueeze(-1)) / ((n - 1) * (n - 2)).unsqueeze(-1)
-    spread = (without - without.where(kept, 0.0).sum(-1, keepdim=True) / n.unsqueeze(-1)).where(kept, 0.0).square().sum(-1)
+    # without token i the sum over pairs loses 2 (u_i total - 1), so the jackknife is the spread of u_i total, of mean squared/n
+    pull = (directions @ total.unsqueeze(-1)).squeeze(-1)
+    spread = (pull - (squared / n).unsqueeze(-1)).where(kept, 0.0).square().sum(-1)
     return MeanCosine(
         mean=((squared - n) / (n * (n - 1))).where(n > 1, torch.nan),
-        error=((n - 1) * spread / n).sqrt().where(n > 2, torch.nan),
+        error=(2 * (spread / (n * (n - 1))).sqrt() / (n - 2)).where(n > 2, torch.nan),
         order=squared.sqrt() / n,
         n=n,
         n_dropped=n_dropped,

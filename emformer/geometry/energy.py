@@ -87,18 +87,17 @@ def rows(s: Scores, visible: Table | None = None, beta: Temperature = 1.0) -> Ro
     # the sum of terms of one sign is 0 or more; from above rounding may pass log n
     entropy = entropy.minimum(count.log())
     free = -(top.squeeze(-1) + total.log() / beta).where(total > 0, torch.nan)
-    several = count > 1
     # z is 0 at the best key; taking one key out leaves the second best
     gap = -z.masked_fill(absent, -torch.inf).scatter(-1, s.argmax(-1, keepdim=True), -torch.inf).amax(-1)
     return Rows(
         free_energy=free,
         free_energy0=free + count.log() / beta,
         entropy=entropy,
-        entropy_norm=entropy / count.log().where(several, torch.nan),
+        entropy_norm=entropy / count.log(),  # 0/0 for one key
         divergence=count.log() - entropy,
         support=entropy.exp(),
         ess=total.square() / e.square().sum(-1),
-        gap=gap.where(several & gap.isfinite(), torch.nan),
+        gap=gap.where(gap.isfinite(), torch.nan),
     )
 
 
@@ -145,7 +144,7 @@ def attention_range(a: Weights, visible: Table | None = None) -> Range:
     a = wide(a)
     position = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device)
     distance = (position.unsqueeze(1) - position).abs()
-    table = torch.ones_like(distance) if visible is None else visible.to(a.dtype)
+    table = torch.ones_like(distance) if visible is None else visible.to(a)
     far = (table.sum(-1) >= NEAR) & (distance * table > 0).any(-1)
 
     def ratio(a: Tensor, distance: Tensor, table: Tensor) -> Tensor:
@@ -267,12 +266,12 @@ def _masked(s: Tensor, visible: Tensor | None) -> Tensor:
         return s
     if not visible.any(-1).all():
         raise ValueError("a query that sees no key has no free energy: every row of `visible` needs a key")
-    return s.masked_fill(~visible, -torch.inf)
+    return s.masked_fill(~visible.to(s.device), -torch.inf)
 
 
 def _count(s: Tensor, visible: Tensor | None) -> Tensor:
     """n of each query, as numbers (N,)."""
-    return s.new_full(s.shape[-2:-1], s.shape[-1]) if visible is None else visible.sum(-1).to(s.dtype)
+    return s.new_full(s.shape[-2:-1], s.shape[-1]) if visible is None else visible.sum(-1).to(s)
 
 
 def _reaction(a: Tensor, y: Tensor, form: Tensor, functional: Tensor | None) -> Tensor:

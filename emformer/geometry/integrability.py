@@ -131,8 +131,9 @@ def alignment(v: Cloud, gradient: Cloud, x: Cloud, space: Space) -> Prompts:
 def best_alignment(v: Cloud, gradients: Float[Tensor, "B H N d"], x: Cloud, space: Space) -> Prompts:
     """The largest cos^2(v, sum_h c_h grad E_h) over c_h >= 0: does the field climb any mixture of the heads' energies.
 
-    In [0, 1]; 0 if it descends all of them. Null (isotropic v): between 1/2 and 1 times H/(N d'), d' as in `alignment`. nan where
-    v or all gradients are 0. Non-negative least squares on a problem of H unknowns. Cost H^2 N d. Source: math K (2).
+    In [0, 1]; 0 if it descends all of them. Null (isotropic v): at most H/(N d'), d' as in `alignment`, and half of that for
+    orthogonal gradients. nan where v or all gradients are 0. Non-negative least squares in H unknowns, prompt by prompt. Cost
+    H^2 N d. Source: math K (2).
     """
     theta = wide(_place(x, space))
     v = project(theta, wide(v), space).flatten(1)

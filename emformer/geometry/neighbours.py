@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor
@@ -44,7 +45,7 @@ def nearest(cloud: Float[Tensor, "points d"], k: int) -> Neighbours:
     if k < 1:
         raise ValueError(f"the number of neighbours must be at least 1, not {k}")
     w = wide(cloud)
-    kept = _distinct(w) if w.isfinite().all() else torch.arange(0, device=w.device)
+    kept = _distinct(w).to(w.device) if w.isfinite().all() else torch.arange(0, device=w.device)
     w = w[kept]
     distances = w.new_full((len(w), k), torch.nan)
     indices = kept.new_full((len(w), k), -1)
@@ -91,11 +92,9 @@ def require(neighbours: Neighbours, k: int) -> None:
 
 def _distinct(w: Tensor) -> Tensor:
     """The rows of the first occurrence of each point, ascending."""
-    values, inverse = torch.unique(w, dim=0, return_inverse=True)
-    rows = torch.arange(len(w), device=w.device)
-    if len(values) == len(w):
-        return rows
-    return rows.new_full((len(values),), len(w)).scatter_reduce_(0, inverse, rows, "amin").sort().values
+    w = (w + 0.0).cpu().contiguous()  # -0 becomes 0, so that equal points have equal bytes
+    points = w.numpy().view(np.dtype((np.void, 8 * w.shape[1]))).ravel() if w.numel() else np.zeros(len(w))
+    return torch.from_numpy(np.sort(np.unique(points, return_index=True)[1]))
 
 
 def _search(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -104,9 +103,7 @@ def _search(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
     distances = w.new_empty(len(w), k)
     indices = torch.empty(len(w), k, dtype=torch.int64, device=w.device)
     rows = torch.arange(len(w), device=w.device)
-    # at a lower precision "float32" products round to bfloat16 or TF32, and the bound would not hold
-    precise = torch.get_float32_matmul_precision() == "highest"
-    for dtype in (torch.float32, torch.float64) if precise else (torch.float64,):
+    for dtype in (torch.float32, torch.float64):
         candidates, floor = _screen(centred.to(dtype), rows, min(k + _SPARE, len(w) - 1))
         r, j = _refine(w, rows, candidates, k)
         distances[rows], indices[rows] = r, j
@@ -132,7 +129,10 @@ def _screen(y: Tensor, rows: Tensor, m: int) -> tuple[Tensor, Tensor]:
     n, d = y.shape
     info = torch.finfo(y.dtype)
     s = (d + 16) * info.eps / 2
-    norms = y.double().square().sum(1) * (1 - s) - (d + 16) * info.tiny
+    exact = y.double()
+    norms = exact.square().sum(1) * (1 - s) - (d + 16) * info.tiny
+    sample = (exact - exact[rows[0]]).square().sum(1) * (1 + d * torch.finfo(torch.float64).eps) - norms[rows[0]]
+    sample[rows[0]] = torch.inf
     lanes = _LANES if _LANES * m <= n else 1
     width = -(-n // lanes)
     padding = lanes * width - n
@@ -140,10 +140,13 @@ def _screen(y: Tensor, rows: Tensor, m: int) -> tuple[Tensor, Tensor]:
     y = torch.cat([y, y.new_zeros(padding, d)])
     lane = torch.arange(lanes, device=y.device)[:, None] * width
     bounds = y.new_empty(min(_ROWS, len(rows)), lanes * width)
-    candidates, floor = [], []
+    candidates, floor, holds = [], [], True
     for block in rows.split(_ROWS):
         bound = torch.addmm(far, y[block], y.mT, alpha=-2, out=bounds[: len(block)])
         bound[torch.arange(len(block), device=y.device), block] = torch.inf
+        if not floor:
+            # torch may have been told to round float32 products to bfloat16 or TF32: one row shows it, and nothing is proven
+            holds = bool((bound[0, :n] <= sample).all())
         # the m smallest lie behind the m smallest minima
         columns = bound.view(-1, lanes, width).amin(1).topk(m, largest=False, sorted=False).indices
         columns = (columns[:, None] + lane).flatten(1)
@@ -151,7 +154,11 @@ def _screen(y: Tensor, rows: Tensor, m: int) -> tuple[Tensor, Tensor]:
         candidates.append(columns.gather(1, place))
         floor.append(least.amax(1).double() + norms[block])
     floor = torch.cat(floor)
-    return torch.cat(candidates), floor if m < n - 1 else floor.fill_(torch.inf)
+    if m == n - 1:
+        floor.fill_(torch.inf)
+    elif not holds:
+        floor.fill_(-torch.inf)
+    return torch.cat(candidates), floor
 
 
 def _refine(w: Tensor, rows: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:

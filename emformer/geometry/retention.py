@@ -59,7 +59,7 @@ def retention(op: Float[Tensor, "*#batch n m"], x: Float[Tensor, "*#batch m d"])
     In [0, |Op|_2]: 1 for an orthogonal map or a permutation, sqrt(n) |pi^T X| / ||X||_* in the limit of long mixing by a
     stochastic matrix of stationary law pi, about 1.18/n for Gaussian X of n = d. nan where X = 0. Cost n d min(n, d).
     """
-    return nuclear_norm(wide(op) @ wide(x)) / _positive(nuclear_norm(x))
+    return nuclear_norm(wide(op) @ wide(x)) / nuclear_norm(x)
 
 
 class SignalRetention(NamedTuple):
@@ -106,7 +106,7 @@ def mixing(pattern: Float[Tensor, "B H n n"], x: Float[Tensor, "B n d"]) -> Mixi
     a, x = wide(pattern), wide(x)
     # X = R^T Q^T: without the orthonormal factor every A X has n columns instead of d, and the same singular values
     core = torch.linalg.qr(x.mT, mode="r").R.mT if x.shape[-1] > x.shape[-2] else x
-    before = _positive(nuclear_norm(core)).unsqueeze(-1)
+    before = nuclear_norm(core).unsqueeze(-1)
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     found = []
     for op in (a, eye + a):

@@ -37,7 +37,7 @@ def uniform(visible: Visible) -> Float64[Tensor, "T S"]:
 def sink_rate(pattern: Pattern, visible: Visible, position: int = 1, threshold: float = 0.3) -> Scalars:
     """Sink_k^eps = 1[alpha_k > eps], of every prompt and head: 0 or 1, and the published rate is its mean over them.
 
-    Null: that of `uniform(visible)`. Causal, eps = .3: it is 0 for k = 1 from T = 10 on (alpha_1 = H_T/T, .074 at T = 64), for
+    Null: that of `uniform(visible)`. Causal, eps = .3: 0 for k = 1 from T = 10 on (alpha_1 = (1/T) sum 1/i, .074 at T = 64), for
     k = 2 from T = 6, for k = 3 from T = 4, for k >= 4 always; on shorter prompts uniform attention counts as a sink. Compare
     rates at one T only. nan where alpha_k is. Cost T S.
 

@@ -9,7 +9,6 @@ most of every one of them: compare with the clouds without it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import NamedTuple
 
@@ -57,8 +56,8 @@ def wasserstein(x: Cloud, y: Cloud) -> Coupling:
     Among optimal orders, of which duplicates make many, one is returned that no swap of two images takes closer to the
     identity.
 
-    Cost B N^2 d where the identity is optimal and the potentials of a greedy reduction prove it, else up to B N^3. Source:
-    math D.8; Crouse 2016, "On implementing 2D rectangular assignment algorithms".
+    Cost N^2 d a pair where every token's own image is its nearest, as between consecutive layers, else up to N^3. Source: math
+    D.8; Crouse 2016, "On implementing 2D rectangular assignment algorithms".
     """
     x, y = _pair(x, y)
     batch, n, d = x.shape[:-2], *x.shape[-2:]
@@ -257,7 +256,7 @@ def _nearest_own(x: Tensor, y: Tensor) -> Tensor:
     share |x_i| |y_j| <= share (|x_i|^2/2 + h_j), however it is summed.
     """
     d = x.shape[-1]
-    share = (d + 16) * 2.0**-24
+    share = 1.01 * (d + 16) * 2.0**-24
     norms = [torch.linalg.vector_norm(cloud, dim=-1) for cloud in (x, y)]
     scale = 1 / torch.maximum(*(norm.amax(-1) for norm in norms)).clamp(min=1e-300)[:, None]  # neither overflow nor underflow
     narrow = [torch.mul(cloud, scale[..., None], out=torch.empty_like(cloud, dtype=torch.float32)) for cloud in (x, y)]
@@ -293,10 +292,10 @@ def _warmed(cost: Tensor) -> Tensor:
 
 
 def _untangled(x: np.ndarray, y: np.ndarray, cost: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """An order as good or better in which no free swap gives a token its own image back; the identity if that is as good.
+    """An order as good or better in which no free swap gives a token its own image back.
 
-    Duplicates leave the choice to rounding, and twins closer than that of the costs leave it the optimum: so the exact distances
-    decide, where the costs cannot tell.
+    Duplicates leave their images to chance, and for twins closer than the rounding of the costs chance picks the optimum. Where
+    the costs cannot tell, the distances themselves decide.
     """
     tokens, source = np.arange(len(order)), np.argsort(order)
     norms = np.square(x).sum(-1) + np.square(y).sum(-1)
@@ -311,27 +310,22 @@ def _untangled(x: np.ndarray, y: np.ndarray, cost: np.ndarray, order: np.ndarray
         own, now = squares(np.array([i, k]), np.array([i, j])).sum(), squares(np.array([i, k]), np.array([j, i])).sum()
         if j != i and own <= now:  # an earlier swap may have changed the partners
             order[i], order[k], source[i], source[j] = i, j, i, k
-    return tokens if squares(tokens, tokens).sum() <= squares(tokens, order).sum() else order
+    return order
 
 
 def _own_potential(cost: Tensor, epsilon: float, tolerance: float, limit: int) -> Tensor:
     """(B, N): between a cloud and itself both potentials are equal, and the mean of old and new contracts by more than a half."""
     f = torch.zeros_like(cost[..., 0])
-    for eps in itertools.chain(_falling(cost, epsilon), itertools.repeat(epsilon, limit)):
-        answer = _softmin(cost, f, eps)
-        if eps == epsilon and bool((_miss(f, answer, eps) <= tolerance).all()):
+    for _ in range(limit):
+        answer = _softmin(cost, f, epsilon)
+        if bool((_miss(f, answer, epsilon) <= tolerance).all()):
             break
         f = (f + answer) / 2
     return f
 
 
-def _cross_potential(cost: Tensor, start: Tensor, epsilon: float, tolerance: float, limit: int) -> Tensor:
-    """(B, N): the potential of the rows, from a start for that of the columns which is close if the clouds are."""
-    g = torch.zeros_like(start)
-    for eps in _falling(cost, epsilon):
-        g = _softmin(cost.mT, _softmin(cost, g, eps), eps)
-    closer = _dual(cost.mT, start, epsilon)[0] > _dual(cost.mT, g, epsilon)[0]
-    g = start.where(closer.unsqueeze(-1), g)
+def _cross_potential(cost: Tensor, g: Tensor, epsilon: float, tolerance: float, limit: int) -> Tensor:
+    """(B, N): the potential of the rows, from that of the columns alone with themselves, which is close if the clouds are."""
     f = _softmin(cost, g, epsilon)
     for _ in range(limit):
         # steps beyond the answer pay where the iteration is slow: Thibault et al. 2021, "Overrelaxed Sinkhorn-Knopp"
@@ -341,12 +335,6 @@ def _cross_potential(cost: Tensor, start: Tensor, epsilon: float, tolerance: flo
             break
         f = f + 1.5 * (answer - f)
     return f
-
-
-def _falling(cost: Tensor, epsilon: float) -> list[float]:
-    """Penalties from the largest cost down to above epsilon: each level starts close to its solution."""
-    steps = math.log(max(float(cost.amax()) if cost.numel() else 0.0, epsilon) / epsilon, 4)
-    return [epsilon * 4.0**k for k in range(math.ceil(steps), 0, -1)]
 
 
 def _dual(cost: Tensor, f: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -58,10 +58,10 @@ class Breathing(parts.Observable):
         "breath.p_mlp": "two-sided p of b_mlp = 0, by prompts; [0, 1]",
         "breath.counts_attn": "1 if b_attn counts: significant, and of one sign in all views; else 0; null .05 at most",
         "breath.counts_mlp": "1 if b_mlp counts; else 0; null .05 at most",
-        "breath.sawtooth": "share of blocks with b_attn > 0 > b_mlp; [0, 1]; null 1/4 (independent signs), 1/3 (unrelated clouds)",
+        "breath.sawtooth": "share of blocks with b_attn > 0 > b_mlp; [0, 1]; null 1/4 of fair signs, 1/3 of unrelated clouds",
         "breath.amplitude": "mean of (b_attn - b_mlp)/2; nats; null 0",
         "breath.drift": "mean of b_attn + b_mlp; nats; null 0",
-        "breath.p_value": "of 'up on average at attention and down on average at the FFN'; [0, 1]; <= .05 in 5 % at most by chance",
+        "breath.p_value": "p of 'up on average at attention, down at the FFN'; [0, 1]; <= .05 in at most 5 % by chance",
     }
 
     def __post_init__(self) -> None:

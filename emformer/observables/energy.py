@@ -198,8 +198,7 @@ def forces(trajectory: Trajectory, k: int) -> Pull:
     query, key = a @ keys.repeat_interleave(share, 1), a.mT @ placed
     if len(attention.positions):
         # heads that share keys are pulled one after the other: a pull adds up what arrives at the same key
-        each = key.unflatten(1, (form.groups, share)).unbind(2)
-        pulled = [pull((query if head == 0 else torch.zeros_like(query), some)) for head, some in enumerate(each)]
+        pulled = [pull((query, some)) for some in key.unflatten(1, (form.groups, share)).unbind(2)]
         query, key = pulled[0][0], torch.stack([one for _, one in pulled], 2).flatten(1, 2)
 
     left, right = form.left_rows(), form.right_rows()

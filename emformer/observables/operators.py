@@ -71,13 +71,13 @@ class _Operators(Observation):
         return list(self._rows or ())
 
 
+BOTH = ("asym", "attraction", "norm", "rank", "stable", "top")
 # key, param, field of the diagnosis
 COLUMNS = (
     ("op.compat", None, "compat"),
     ("op.compat", "sphere", "compat_sphere"),
     ("op.compat_error", None, "compat_error"),
-    *((f"op.{name}", role, f"{name}_{role}") for name in ("asym", "attraction") for role in ("form", "content")),
-    *((f"op.{name}", role, f"{name}_{role}") for name in ("norm", "rank", "stable", "top") for role in ("form", "content")),
+    *((f"op.{name}", role, f"{name}_{role}") for name in BOTH for role in ("form", "content")),
 )
 
 

@@ -24,10 +24,10 @@ from emformer.trajectory import Trajectory
 class Sinks(parts.Observable):
     """The first token as a sink, of every head and of their mean; contents F y are effective, the norm's bias left out.
 
-    Weights are made to sum to one where the kernel's do not; of weights that may be negative only contents are told. The cosine
-    between what sinks give in different prompts is told for pairs of prompts that begin with the same token, which causality alone
-    makes 1, and apart from them for pairs that do not, one prompt for each token; beside it stands the same of a later token.
-    Compare sink rates of prompts of one length only, and everything with an untrained model.
+    Weights are made to sum to one where the kernel's do not; of weights that may be negative only contents are told. Between
+    prompts the cosine of what sinks give is told for pairs that begin with the same token, which causality makes 1, and apart
+    from them for pairs that do not, one prompt for each token; beside it stands the same of a later token. Compare sink rates of
+    prompts of one length only, and everything with an untrained model.
 
     Cost a layer: the H N^2 weights in float64 and H N^2 r. Memory: `prompts` vectors of r numbers a head and layer. Source: math
     H.2; Gu et al. 2024, "When attention sink emerges in language models" (2410.10781).
@@ -94,8 +94,9 @@ class _Sinks(Observation):
             self._add(sinks.sink_share(a[..., 0], given[:, :, 0], a @ given)[..., chooses], at, "sink.share")
             self._add(sinks.value_ratio(given), at, "sink.drain", null=1.0)
             if trajectory.tokens is not None:
-                layer = self._layers.setdefault(k, _Layer(at, blind, trajectory, k))
-                layer.add(given)
+                if k not in self._layers:
+                    self._layers[k] = _Layer(at, blind, trajectory, k)
+                self._layers[k].add(given)
                 pooled[f"first{k}"] = given[:, :, 0]
                 if given.shape[2] >= self._setting.control:
                     pooled[f"control{k}"] = given[:, :, self._setting.control - 1]
@@ -183,8 +184,8 @@ class _Layer:
         for head, value in [(None, cosines.nanmean()), *enumerate(cosines)]:
             n = 0 if value.isnan() else used
             sd = None
-            if param != "same" and n > 1:
-                shared = self.whole if head is None else self.each[head]
+            shared = self.whole if head is None else self.each[head]
+            if param != "same" and n > 1 and not math.isnan(shared):
                 sd = leaves.anisotropy_sd(n, 1) * math.sqrt(shared)
             row = Row(*self.at, "sink.value_cos", _defined(float(value)), None, None, n, offered - n, null, sd)
             found.append(row._replace(head=head, cloud=cloud, param=param))

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,8 +29,10 @@ from emformer.recordings import Recordings, read_records, write_parquet
 from emformer.records import Run
 from emformer.text import Prompts, shuffled
 from emformer.training.cadences import LogSpaced
-from emformer.trajectory import capture
+from emformer.training.learner import Learner
+from emformer.trajectory import ClosureError, capture
 
+EIGHT = LogSpaced(8)
 CHUNK = 64  # prompts that go through the model at once: their states, reads, updates and patterns are held together
 
 
@@ -47,7 +50,7 @@ class FlowCallback(parts.Callback):
         prompts: of the probe that are looked at, all their tokens.
     """
 
-    cadence: parts.Cadence = LogSpaced(8)
+    cadence: parts.Cadence = EIGHT
     prompts: int = 64
 
     def __post_init__(self) -> None:
@@ -72,7 +75,7 @@ class ClusteringCallback(parts.Callback):
         prompts: of the probe that are looked at; one cloud of 512 of their tokens is clustered.
     """
 
-    cadence: parts.Cadence = LogSpaced(8)
+    cadence: parts.Cadence = EIGHT
     prompts: int = 64
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class BreathingCallback(parts.Callback):
         prompts: of the probe, each giving its last token; at least 1,000 for an estimate of use.
     """
 
-    cadence: parts.Cadence = LogSpaced(8)
+    cadence: parts.Cadence = EIGHT
     prompts: int = 1024
 
     def __post_init__(self) -> None:
@@ -126,7 +129,7 @@ class ObservableCallback(parts.Callback):
     """
 
     observables: Sequence[parts.Observable]
-    cadence: parts.Cadence = LogSpaced(8)
+    cadence: parts.Cadence = EIGHT
     prompts: int | None = 64
     order: Order = "text"
 
@@ -227,18 +230,18 @@ class Recording(pl.Callback):
         self._recordings: Recordings | None = None
         self._told: set[str] = set()
 
-    def on_train_start(self, trainer: pl.Trainer, learner: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, learner: Learner) -> None:
         if trainer.is_global_zero:
             self._recordings = Recordings(self.run.records, self._start)
             if self._start < 0:
                 self._record(trainer, learner.model, 0)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, learner: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, learner: Learner, outputs: Any, batch: Any, batch_idx: int) -> None:
         accumulate = learner.settings.training.accumulate
         if trainer.is_global_zero and batch.index % accumulate == accumulate - 1:
             self._record(trainer, learner.model, trainer.global_step)
 
-    def on_train_end(self, trainer: pl.Trainer, learner: Any) -> None:
+    def on_train_end(self, trainer: pl.Trainer, learner: Learner) -> None:
         if trainer.is_global_zero and self._recordings is not None:
             begin = time.perf_counter()
             self._recordings.close()
@@ -252,7 +255,10 @@ class Recording(pl.Callback):
         begin = time.perf_counter()
         final = step == self.max_steps
         looks = [look for one in due for look in one.looks(final)]
-        rows, skipped = record(model, self.prompts, looks)
+        try:
+            rows, skipped = record(model, self.prompts, looks)
+        except ClosureError as error:
+            raise UserError(f"recording after step {step}: {error}") from error
         self._recordings.append(step, rows)
         for sentence in skipped:
             if sentence not in self._told:
@@ -326,7 +332,7 @@ def summary(rows: Sequence[Row]) -> str:
     chain = _dimensions(rows, last)
     if chain:
         words = [f"{chain[0]:.1f}"]
-        for before, after in zip(chain, chain[1:], strict=False):
+        for before, after in pairwise(chain):
             words.append(f"{'↑' if after > before else '↓' if after < before else '='} {after:.1f}")
         said.append(f"dimension {' '.join(words)}")
     return f"layer {last}: {', '.join(said)}" if said else f"{len(rows)} rows recorded"

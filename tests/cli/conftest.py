@@ -92,7 +92,7 @@ def recorded(tmp_path: Path) -> Path:
     run, other = tmp_path / "recorded", tmp_path / "other"
     for folder, steps in ((run, [0, *(2**k for k in range(10) if k != 4)]), (other, [0])):
         folder.mkdir()
-        writer = Recordings(folder / "records.jsonl")
+        writer = Recordings(folder / "records.jsonl", -1)
         for step in steps:
             for layer in (0, 1):
                 mean = step * (1 + 2 * layer) + layer + 0.123

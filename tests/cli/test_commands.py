@@ -60,14 +60,14 @@ def test_help_of_a_part(emformer):
 
 # The frozen face: whoever adds or removes a setting changes this list, and the README with it.
 OPTIONS = """
-config data data.cache data.corpus data.max_tokens data.path data.tokenizer data.validation data.workers help loggers model
-model.arrangement model.content model.context model.depth model.dim model.drift model.dropout model.embedding
-model.embedding.positions model.embedding.std model.embedding.tied model.embedding.unembed_std model.epsilon model.ffn
-model.form model.functional model.heads model.kernel model.layers model.mask model.norm model.placement model.positions
-model.shared overwrite print_config probe probe.length probe.prompts probe.seed resume run training training.accelerator
-training.accumulate training.batch training.clip training.devices training.max_steps training.nodes training.objective
-training.optimizer training.penalties training.precision training.sample training.save_every training.schedule
-training.schedule.cooldown training.schedule.final training.schedule.warmup training.seed training.strategy
+callbacks config data data.cache data.corpus data.max_tokens data.path data.tokenizer data.validation data.workers figures
+help loggers model model.arrangement model.content model.context model.depth model.dim model.drift model.dropout
+model.embedding model.embedding.positions model.embedding.std model.embedding.tied model.embedding.unembed_std model.epsilon
+model.ffn model.form model.functional model.heads model.kernel model.layers model.mask model.norm model.placement
+model.positions model.shared overwrite print_config probe probe.length probe.prompts probe.seed resume run training
+training.accelerator training.accumulate training.batch training.clip training.devices training.max_steps training.nodes
+training.objective training.optimizer training.penalties training.precision training.sample training.save_every
+training.schedule training.schedule.cooldown training.schedule.final training.schedule.warmup training.seed training.strategy
 training.validate_every training.validation_windows
 """
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders import examples, model, words
+from builders import model, words
 from torch import Tensor
 
-from emformer import parts
 from emformer.block import Parallel
 from emformer.ffn import GELU
 from emformer.geometry import integrability
@@ -35,7 +34,7 @@ TIED = Tied(scale=0.5, learned=False)
 
 
 def found(trajectories: Trajectory | Sequence[Trajectory], **settings: int) -> list[Row]:
-    observation = GradientFlow(**({"probes": 8} | settings)).begin()
+    observation = GradientFlow(**({"probes": 4} | settings)).begin()
     for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
         observation.update(one)
     return observation.rows()
@@ -111,7 +110,7 @@ def test_every_departure_is_seen():
         "general": {"form": Dense()},
         "free": {"content": Dense()},
     }.items():
-        rows = found(capture(corner(**({"form": Symmetric()} | change)), words(8, batch=4)), probes=32)
+        rows = found(capture(corner(**({"form": Symmetric()} | change)), words(8, batch=4)), probes=16)
         omega[name] = only(rows, "omega").mean
         assert only(rows, "r2").mean < 1 - 1e-4 and only(rows, "r2").null == 1 / (8 * 7)
     assert omega["free"] > omega["general"] > omega["softmax"] > 1e-6
@@ -136,7 +135,7 @@ def test_softmax_of_one_head_is_a_gradient_times_its_partition_sums():
 
 def test_the_estimate_is_the_defect_of_the_field():
     torch.manual_seed(0)
-    for norm in (RMSNorm(), LayerNorm(bias=True), None):
+    for norm in (LayerNorm(bias=True), None):
         seen = capture(model(norm=norm, depth=1, **GIVEN), words(5, batch=3))
         _, one = field(seen)
         exact = integrability.exact_defect(one.field, seen.steps[0].before, one.space)
@@ -182,7 +181,7 @@ def test_ratios_and_slopes_against_their_definitions():
     assert (ratio.n_valid, slope.n_valid, ratio.null) == (16, 16, 0.5) and 0 < ratio.mean < 1
     # jackknife of the ratio
     left_out = torch.stack([-c.clamp(max=0).sum() / c.abs().sum() for c in (change[torch.arange(16) != b] for b in range(16))])
-    assert ratio.se == pytest.approx(float((left_out - left_out.mean()).square().sum().mul(15 / 16).sqrt()), rel=0.5)
+    assert ratio.se == pytest.approx(float((left_out - left_out.mean()).square().sum().mul(15 / 16).sqrt()), rel=0.2)
     # one energy over depth, of the mean form
     energies = torch.stack([log_energy(cloud, forms.mean(0, keepdim=True)) for cloud in seen.clouds]).diff(dim=0)
     assert only(rows, "viol", None, "fixed").mean == pytest.approx(float((energies < 0).double().mean()))
@@ -220,28 +219,6 @@ def test_layers_without_a_field_have_no_rows():
     rows = found(capture(model(layers={1: {"positions": [RoPE()]}}), words(6)))
     assert {row.layer for row in rows} == {0}, "no energy of all layers either"
     assert found(Trajectory.from_clouds(torch.randn(3, 2, 5, 8))) == []
-
-
-def test_every_part_is_told_or_left_out():
-    torch.manual_seed(0)
-    kinds = [(parts.Kernel, "kernel"), (parts.Operator, "form"), (parts.Norm, "norm"), (parts.Placement, "placement")]
-    silent = 0
-    for kind, name in [*kinds, (parts.Mask, "mask")]:
-        for example in examples(kind):
-            part = example.values[0]
-            change: dict[str, Any] = {name: part} | ({"mask": Full()} if hasattr(part, "tolerance") else {})
-            try:
-                net = model(dtype=torch.float32, depth=1, **change)
-            except UserError:  # ties a content to its form
-                net = model(dtype=torch.float32, depth=1, content=part)
-            rows = found(capture(net, words(5)), probes=2)
-            silent += not rows
-            for row in rows:
-                assert row.key in GradientFlow.keys
-                assert row.mean is None or math.isfinite(row.mean)
-                if row.mean is not None and row.key != "wgf.dissip_slope":
-                    assert 0 <= row.mean <= 1, row
-    assert silent == 3, "L2 twice and Hardmax"
 
 
 def test_other_blocks_and_degenerate_prompts():

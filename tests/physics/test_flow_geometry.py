@@ -267,11 +267,16 @@ def test_undefined_is_nan_and_nothing_else():
     assert not head_shares(heads, torch.ones(8)).isnan().any()
 
 
-def test_a_constant_token_is_undefined_in_every_type():
+def test_a_constant_token_is_undefined_up_to_rounding():
+    constants = torch.arange(1, 40).double().view(-1, 1, 1) / 7
+    odd = (torch.arange(100) % 2).double()
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        x = torch.full((1, 1, 100), 0.3, dtype=dtype)
-        assert direction(x, centred=True).isnan().all()
-        assert direction(x).isfinite().all()
+        eps = torch.finfo(dtype).eps
+        for wiggle in (0.0, eps):
+            token = (constants * (1 + wiggle * odd)).to(dtype)
+            assert direction(token, centred=True).isnan().all()
+            assert direction(token).isfinite().all()
+        assert direction((constants * (1 + 40 * eps * odd)).to(dtype), centred=True).isfinite().all()
 
 
 def test_mistakes():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -226,12 +227,18 @@ def test_mean_minimises_and_residual_is_the_minimum(seed):
 
 
 def test_residual_of_sharp_attention_keeps_its_digits():
-    """Weights 1 - 2t and t, t on three collinear points far from the origin: 2 t step^2 of squares of 1e12, exactly."""
-    y = torch.tensor([[[1e6, 0.0], [1e6 + 1, 0.0], [1e6 - 1, 0.0]]], dtype=torch.float64)
-    for t in (1e-3, 1e-9, 1e-15):
+    """Weights 1 - 2t, t and t on three points of size 1e6 and distance .4, against exact fractions."""
+    points = [1e6 / 3, 1e6 / 3 + 0.37, 1e6 / 3 - 0.41]
+    y = torch.tensor([points, [p / 7 for p in points]], dtype=torch.float64).mT.unsqueeze(0)
+    for t in (2.0**-10, 2.0**-30, 2.0**-50):
         row = torch.tensor([1 - 2 * t, t, t], dtype=torch.float64)
+        columns = [([Fraction(x) for x in column], [Fraction(w) for w in row.tolist()]) for column in y[0].mT.tolist()]
+        exact = sum(
+            sum(w * x * x for x, w in zip(xs, ws, strict=True)) - sum(w * x for x, w in zip(xs, ws, strict=True)) ** 2
+            for xs, ws in columns
+        )
         found = residual(row.expand(1, 1, 3, 3), y)
-        assert found[0, 0, 0] == pytest.approx(2 * t, rel=1e-12)
+        assert found[0, 0, 0] == pytest.approx(float(exact), rel=1e-12)
 
 
 @pytest.mark.parametrize("beta", [1.0, 2.0])

@@ -249,6 +249,11 @@ def test_best_alignment(seed):
         tangent = project(x[b], v[b], "sphere")
         inner = (scan * tangent).sum((-2, -1)) / (scan.norm(dim=(-2, -1)) * tangent.norm())
         assert float(found[b]) == pytest.approx(float(inner.clamp(min=0).max()) ** 2, abs=1e-4)
+    axes = torch.zeros(1, 4, N * D, dtype=torch.float64)
+    axes[0, range(4), range(4)] = 1
+    many = normal(2000, N, D)
+    blind = best_alignment(many, axes.view(1, 4, N, D).expand(2000, -1, -1, -1), many, "ambient")
+    assert float(blind.mean()) == pytest.approx(4 / (2 * N * D), rel=0.1)
     alone = alignment(v, gradients[:, 0], x, "sphere")
     up = (project(x, v, "sphere") * gradients[:, 0]).sum((-2, -1)) > 0
     torch.testing.assert_close(best_alignment(v, gradients[:, :1], x, "sphere"), alone * up, atol=1e-12, rtol=0)

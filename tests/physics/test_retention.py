@@ -148,6 +148,9 @@ def test_degenerate_clouds():
     found = mixing(a, zero)
     assert all(one.rho.isnan().all() and not one.kappa.isnan().any() for one in found)
     assert close(mixing(a, constant).mix.rho, 1) and close(mixing(a, constant).residual.rho, 2)  # rows of a sum to 1
+    # equal rows have rank 1: in float32 what else there is of the spectrum is rounding of that type
+    equal = a[:, :, :1].float().expand(B, H, N, N) + 1e-7 * torch.rand(B, H, N, N)
+    assert (mixing(equal, x).mix.kappa == torch.inf).all() and (mixing(equal.double(), x).mix.kappa < torch.inf).all()
     assert retention(a[0, 0], zero[0]).isnan() and close(retention(0 * a[0, 0], x[0]), 0)
     assert signal_retention(zero, x).rho.isnan().all() and signal_retention(zero, x).shape.isnan().all()
     assert close(signal_retention(x, zero).rho, 0) and signal_retention(x, zero).shape.isnan().all()

@@ -92,8 +92,10 @@ def test_degenerate_clouds():
     x = normal(B, N, D)
     zero, one, constant = torch.zeros(B, N, D), x[:, :1], x[:, :1].expand(B, N, D)
     flat = 0.1 * torch.rand(B, N, 1).expand(B, N, D)  # every token has equal features
+    odd = normal(B, N, 1).expand(B, N, 13)  # and a mean that is rounded
+    assert (odd != odd.mean(-1, keepdim=True)).any()
     assert close(stream_variance(zero), 0) and close(median_norm(zero), 0) and close(stream_variance(flat), 0)
-    for cloud in (zero, one, flat, flat.double()):
+    for cloud in (zero, one, flat, odd, odd.float()):
         assert token_correlation(cloud).isnan().all()
     assert close(token_correlation(constant), 1)
     mixed = torch.cat([x[:, :4], flat[:, :2].double()], 1)

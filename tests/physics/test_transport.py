@@ -143,6 +143,18 @@ def test_planted_orders() -> None:
         assert found.fixed == 1 and found.ratio == 1 and found.w2 == pytest.approx(float(gaps.min()) / 2, rel=1e-8)
 
 
+def test_near_twins_that_trade_places() -> None:
+    """W2 is 0 and no token is fixed, also for twins that float32 cannot tell apart: no proof of the identity may rest on it."""
+    torch.manual_seed(0)
+    for trial in range(200):
+        n, d = (2, 5) if trial % 2 else (4, 40)
+        twins = normal(n, d) + (10 * normal(n // 2, d)).repeat_interleave(2, 0)
+        gap = 10.0 ** -(trial % 6)
+        twins[1::2] = twins[::2] + gap * normal(n // 2, d)
+        found = wasserstein(twins, twins[torch.arange(n) ^ 1])
+        assert found.w2 < 1e-12 and found.fixed == 0, gap
+
+
 def test_duplicates_keep_their_own_image() -> None:
     """Tokens at one place may trade images at no cost; the share of fixed tokens does not depend on who did."""
     torch.manual_seed(0)
@@ -216,6 +228,7 @@ def test_geodesic_ratio() -> None:
     torch.manual_seed(0)
     x, s, t = normal(2, 30, 6), torch.eye(6, dtype=torch.float64)[0], torch.eye(6, dtype=torch.float64)[1]
     assert geodesic_ratio(torch.stack([x, x + t, x + 3 * t])).tolist() == pytest.approx([1, 1], rel=1e-12)
+    assert all(geodesic_ratio(torch.stack([x, x + c * t, x + t])).max() <= 1 for c in torch.linspace(0.1, 0.9, 20))
     assert geodesic_ratio(torch.stack([x[0], x[0] + t, x[0] + t + s])) == pytest.approx(math.sqrt(0.5), rel=1e-12)
     assert geodesic_ratio(torch.stack([x, x + t, x])).tolist() == [0, 0]
     assert geodesic_ratio(torch.stack([x, x])).isnan().all()

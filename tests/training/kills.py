@@ -1,10 +1,10 @@
-"""Train in child processes, kill them at random moments, resume, and compare with a run that was left alone.
+"""Train and record in child processes, kill them at random moments, resume, and compare with a run that was left alone.
 
 Run as a script, so that the parent is a process that has imported everything and computed nothing: its forks start at once.
 
     python kills.py FOLDER WORKERS KILLS
 
-Prints one JSON line: the steps at which the kills struck, and whether weights, optimiser state and records are equal.
+Prints one JSON line: the steps at which the kills struck, and whether weights, optimiser state, metrics and records are equal.
 """
 
 import contextlib
@@ -14,21 +14,24 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import small  # beside this script
 import torch
 
 from emformer.records import Run, read_journal
-from emformer.settings import Settings
-from emformer.training import fit
+from emformer.settings import Probe, Settings
+from emformer.training import BreathingCallback, ClusteringCallback, Every, FlowCallback, LogSpaced, fit
 
 STEPS = 240
 
 
 def plan(folder: Path, workers: int) -> Settings:
     """A small model with dropout in one layer, accumulation, and every cadence out of step with the others."""
-    return small.settings(
+    callbacks = [FlowCallback(Every(10), 4), ClusteringCallback(Every(36), 6), BreathingCallback(LogSpaced(4, first=20), 40)]
+    whole = small.settings(
         folder,
         model={"dim": 32, "depth": 2, "context": 32, "layers": {1: {"dropout": 0.2}}},
         data={"workers": workers},
@@ -38,6 +41,7 @@ def plan(folder: Path, workers: int) -> Settings:
         validation_windows=None,
         sample=5,
     )
+    return replace(whole, callbacks=callbacks, probe=Probe(prompts=40, length=16))
 
 
 def child(settings: Settings, run: Path, kill_after: float | None) -> int:
@@ -61,7 +65,7 @@ def child(settings: Settings, run: Path, kill_after: float | None) -> int:
 
 
 def rows(run: Run) -> list[dict]:
-    """The records, but for the speed, which is the machine's."""
+    """The metrics, but for the speed, which is the machine's."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_journal(run.metrics)]
 
 
@@ -76,7 +80,7 @@ def main() -> None:
 
     draw, struck = random.Random(workers), []
     for _ in range(kills):
-        status = child(config, folder / "killed", draw.uniform(0.08, 0.25) * length)
+        status = child(config, folder / "killed", draw.uniform(0.8, 2.5) / kills * length)
         steps = [row["step"] for row in read_journal(folder / "killed" / "metrics.jsonl")] if status else [STEPS]
         struck.append(max(steps, default=0))
         if not status:
@@ -91,9 +95,11 @@ def main() -> None:
                 "struck": struck,
                 "weights": small.same(a["state_dict"], b["state_dict"]),
                 "optimizer": small.same(a["optimizer_states"], b["optimizer_states"]),
-                "records": rows(whole) == rows(killed),
+                "metrics": rows(whole) == rows(killed),
+                "records": list(read_journal(whole.records)) == list(read_journal(killed.records)),
+                "parquet": pd.read_parquet(whole.parquet).equals(pd.read_parquet(killed.parquet)),
                 "steps": whole.steps == killed.steps,
-                "count": len(rows(whole)),
+                "count": [len(rows(whole)), len(list(read_journal(whole.records)))],
             }
         )
     )

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import emformer
+from emformer import recordings
 from emformer.listing import by_layer, overview, select
 from emformer.observables import COLUMNS, Row
 from emformer.observables.frame import DTYPES, Key, frame
@@ -95,7 +96,7 @@ def test_lines_are_strict_json_with_every_column_in_order(tmp_path: Path):
         ),
         Row(2, "ffn", "test.b", torch.tensor(0.25), torch.tensor(math.inf), np.float32(0.5), int(torch.tensor(4)), head=0),
     ]
-    writer = Recordings(path)
+    writer = Recordings(path, -1)
     for k, row in enumerate(odd):
         writer.append(3, [row])
         assert len(path.read_bytes().splitlines()) == k + 1  # at once
@@ -112,8 +113,9 @@ def test_lines_are_strict_json_with_every_column_in_order(tmp_path: Path):
     assert len(read_records(path)) == 2
 
 
-def test_killed_at_any_byte(tmp_path: Path):
+def test_killed_at_any_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever a kill leaves of the last step, its rows are read whole or not; who resumes before it ends as if never killed."""
+    monkeypatch.setattr(recordings, "read_journal", None)  # the slow way, for damage that no kill does
     run = record(tmp_path / "run", 0, 2, 4, count=2)
     path, other = Run(run).records, tmp_path / "other.jsonl"
     whole = path.read_bytes()
@@ -154,8 +156,9 @@ def test_a_damaged_line_costs_itself_alone(tmp_path: Path):
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join([*lines[:4], damage, *lines[5:]]))
         wanted = expected(0, 1, 2, 3, run=run).drop(index=4).reset_index(drop=True)
-        with pytest.warns(UserWarning, match=r"records\.jsonl: line 5 is damaged and left out"):
+        with pytest.warns(UserWarning, match=r"records\.jsonl: line 5 is damaged and left out") as told:
             same(read_records(run), wanted)
+        assert len(told) == 1
         Journal(path, 2).close()
         assert path.read_bytes() == b"".join([*lines[:4], damage, *lines[5:9]])
         Journal(path, 0).close()
@@ -195,7 +198,7 @@ def test_it_is_read_while_it_is_written(tmp_path: Path):
     run = tmp_path / "run"
     run.mkdir()
     steps, done = range(60), threading.Event()
-    writer = Recordings(Run(run).records)
+    writer = Recordings(Run(run).records, -1)
 
     def write() -> None:
         for step in steps:
@@ -307,7 +310,7 @@ def test_what_a_run_writes_it_removes(tmp_path: Path):
 def test_listings_choose_by_family_and_fit_the_screen(tmp_path: Path):
     known = {"attn.rate": Key("sinks", "share of heads, in [0, 1], null 0"), "flow.w2": Key("flow", "W2")}
     keys = ["attn.rate", "attn.rate.undefined", "sinks.other", "attn.range", "flow.w2"]
-    writer = Recordings(tmp_path / "records.jsonl")
+    writer = Recordings(tmp_path / "records.jsonl", -1)
     assert overview(read_records(tmp_path), known) == by_layer(read_records(tmp_path), known) == "no rows yet"
     numbers = [999.4, 999.6, 0.00012345, 1e12, -12345.678]
     writer.append(3, [Row(layer, "attn", key, mean) for layer in (1, 0) for key, mean in zip(keys, numbers, strict=True)])
@@ -325,3 +328,11 @@ def test_listings_choose_by_family_and_fit_the_screen(tmp_path: Path):
     assert {len(line) for line in overview(records, known, 50).splitlines()[2:] if line.endswith("…")} == {50}
     places = [line.split("  ")[0] for line in by_layer(select(records, ["flow.w2"], [], known), known).splitlines()]
     assert places == ["flow.w2", f"{tmp_path}, by step", "", "", "layer 0 attn", "layer 1 attn"]
+    plain = Row(1, "ffn", "attn.range", 7.25)
+    changes = [{"layer": 0}, {}, {"param": "shuffled"}, {"cloud": "read"}, {"head": 1}]
+    writer.append(4, [plain._replace(mean=8.0, **change) if change else plain for change in changes])
+    told = overview(select(read_records(tmp_path), ["attn.range"], [], known), known)
+    assert " 7.25 " in told and told.endswith("layer 1 ffn")
+    writer.append(4, [Row(None, None, "attn.range", 9.5, param="k=4"), Row(None, None, "attn.range", 10.5)])
+    told = overview(select(read_records(tmp_path), ["attn.range"], [], known), known)
+    assert " 10.5 " in told and told.endswith("all layers")
