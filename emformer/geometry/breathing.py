@@ -234,18 +234,23 @@ def _halves(state: Neighbours, prompts: Tensor, n: int, halves: Tensor) -> tuple
     kept, near = state.kept.cpu(), state.indices.cpu()
     logs = state.distances.cpu().log()
     own = halves[kept]
-    seen, before_first, before_second = torch.zeros(3, *own.shape, dtype=torch.int16)
-    for at in range(near.shape[1]):
-        seen += (halves[near[:, at]] == own) & (near[:, at, None] >= 0)
-        before_first += seen == 0
-        before_second += seen < 2
-        if at % 4 == 3 and seen.min() >= 2:
+    known = bool((near >= 0).all())
+    first, second = torch.zeros(2, *own.shape, dtype=torch.bool)
+    before_first, before_second = torch.zeros(2, *own.shape, dtype=torch.uint8)
+    for at in range(min(near.shape[1], 255)):
+        same = halves[near[:, at]] == own
+        if not known:
+            same &= near[:, at, None] >= 0
+        second |= same & first
+        first |= same
+        before_first += (~first).view(torch.uint8)
+        before_second += (~second).view(torch.uint8)
+        if at % 4 == 3 and second.all():
             break
-    last = near.shape[1] - 1  # of a point without two, which is left out
-    ratios = logs.gather(1, before_second.long().clamp(max=last)) - logs.gather(1, before_first.long().clamp(max=last))
-    enough = seen >= 2
+    last = near.shape[1] - 1  # of a point without two, which `second` leaves out
+    ratios = logs.gather(1, before_second.long().clamp_(max=last)) - logs.gather(1, before_first.long().clamp_(max=last))
     gap, parts = 0.0, 0.0
-    for sign, half in ((1, own & enough), (-1, ~own & enough)):
+    for sign, half in ((1, own & second), (-1, ~own & second)):
         total, count = ratios.where(half, 0).sum(0), half.sum(0)
         gap = gap + sign * (count.log() - total.log())
         parts = parts + torch.where(half, ratios / total - 1 / count, 0)

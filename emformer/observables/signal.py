@@ -40,7 +40,7 @@ class Signal(parts.Observable):
         "signal.score_std": "standard deviation of beta s over visible pairs; nats; sqrt(1 - r^2) at the usual initialisation",
         "signal.score_std_within": "the same within rows, which alone the softmax sees; nats; null signal.score_std/sqrt(1 + r)",
         "signal.context_variance": "Var(m), m the context means of tokens of variance 1, n >= 8 visible keys; null (softmax): "
-        "r + (1 - r) e^(s_w^2)/n + (1 - r)^2 s_s^2/d of the scores as they are",
+        "r + (1 - r) e^(s_w^2)/n + (1 - r) s_w^2/d of the scores as they are, s_w within rows",
     }
 
     def begin(self) -> Observation:
@@ -98,7 +98,6 @@ class _Signal(Observation):
         self._terms.add(within, *at, "within", heads=True)
         self._terms.add(within.mean(1), *at, "within")
         if temperature(kernel) is not None:
-            self._terms.add(std.total.square(), *at, "pairs", heads=True)
             self._terms.add(std.within.square(), *at, "rows", heads=True)
             self._seen[at] = count[count >= NEAR].tolist()
 
@@ -118,11 +117,11 @@ class _Signal(Observation):
 
     def _predicted(self, terms: Mapping[Any, float | None], at: tuple[int | None, str | None], head: int | None) -> float | None:
         """Var(m) of the mean scores and correlation, over the queries that are looked at."""
-        r, inside, pairs = terms[*at, "r", None], terms[*at, "rows", head], terms[*at, "pairs", head]
-        seen = self._seen[at]
-        if r is None or inside is None or pairs is None or not seen:
+        r, inside, seen = terms[*at, "r", None], terms[*at, "rows", head], self._seen[at]
+        if r is None or inside is None or not seen or r >= 1:
             return None
-        return math.fsum(signals.context_variance(r, inside, pairs, n, self._dim) for n in seen) / len(seen)
+        whole = inside / (1 - r)
+        return math.fsum(signals.context_variance(r, inside, whole, n, self._dim) for n in seen) / len(seen)
 
 
 def _bare(norm: object, x: Tensor, read: Tensor) -> Tensor:

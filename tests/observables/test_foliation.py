@@ -299,6 +299,7 @@ def test_a_general_form_stretches_what_it_tilts():
         assert only(rows, "fol.norm_ratio", 1, param=f"delta={offset}").mean == pytest.approx(float(ratio[:, 1].mean()), abs=1e-9)
         assert (ratio - 1).abs().max() > 1e-3
     assert not any(row.param == "delta=-16" for row in rows), "longer than the prompt"
+    assert told(rows) - told(found(seen, Foliation((-9, 9)))) == TILT, "no two of nine tokens are nine apart"
 
 
 def test_only_positions_that_turn_keys_tilt():

@@ -96,6 +96,7 @@ def test_uniform_attention_is_the_null():
             for key, head in itertools.product(WEIGHTS, (None, 0, 1)):
                 row = only(rows, key, head, param="k=1" if key == "attn.sink_rate" else None)
                 assert row.mean == pytest.approx(row.null, abs=1e-9), (mask, kernel, key)
+            assert rate(rows, layer=None).mean == pytest.approx(rate(rows, layer=None).null, abs=1e-9)
             if mask == Causal():
                 assert rate(rows).mean == rate(rows, layer=None).mean == (0 if tokens == 20 else 1)
                 assert only(rows, "sink.mass").null == pytest.approx(sum(1 / i for i in range(2, tokens + 1)) / (tokens - 1))
@@ -224,7 +225,7 @@ def test_cosines_between_prompts_against_loops(seed):
 
 
 def test_the_null_of_independent_contents():
-    """Tokens drawn anew, contents as the model writes them: the mean cosine over pairs has the told sd, by head and in the mean."""
+    """Tokens drawn anew, contents as the model writes them: the mean cosine over pairs has the told sd, for each head and all."""
     torch.manual_seed(0)
     net = model(vocab=30, dim=32, heads=4, depth=1, content=LowRank(rank=8, groups=2), norm=RMSNorm(), form=LowRank(rank=8))
     seen = capture(net, torch.arange(30)[:, None].expand(30, 2).contiguous())
@@ -273,6 +274,7 @@ def test_chunks_are_the_whole_and_nothing_is_touched():
 
 
 def test_degenerate_prompts_are_undefined_not_wrong():
+    torch.manual_seed(0)
     net = model(norm=LayerNorm())
     lonely = found(capture(net, words(1)))
     for key in ("sink.mass", "sink.variation", "sink.share", "sink.drain"):
@@ -283,6 +285,12 @@ def test_degenerate_prompts_are_undefined_not_wrong():
     assert only(alike, "sink.value_cos", param="same").n_valid == 3
     assert only(alike, "sink.value_cos", param="different").mean is None
     assert only(alike, "sink.value_cos", param="different").n_dropped == 3
+    with torch.no_grad():
+        net.layer(0).attention.content.left_factor[0] = 0
+    rows = found(capture(net, words(9)))
+    for key, param in (("sink.drain", None), ("sink.share", None), ("sink.value_cos", "different")):
+        assert only(rows, key, 0, param=param).mean is None
+        assert only(rows, key, param=param).mean == pytest.approx(only(rows, key, 1, param=param).mean), "of those that have one"
     with torch.no_grad():
         net.embedding.weight.zero_()
     rows = found(capture(net, words(9)))

@@ -221,6 +221,17 @@ def test_layers_without_a_field_have_no_rows():
     assert found(Trajectory.from_clouds(torch.randn(3, 2, 5, 8))) == []
 
 
+def test_of_a_parallel_block_attention_alone_climbs():
+    """The FFN beside it goes where it likes: the whole step falls for some prompts."""
+    torch.manual_seed(0)
+    seen = capture(corner(arrangement=Parallel(), ffn=GELU(update_std=20.0)), words(7, batch=8))
+    rows, one = found(seen), layer(seen, 0)
+    assert only(rows, "viol", param="parallel").mean == only(rows, "tv_ratio", param="parallel").mean == 0
+    assert only(rows, "dissip_slope", param="parallel").mean == pytest.approx(1, abs=0.05)
+    before, after = (integrability.log_energy(x, one.forms, one.beta, one.space) for x in seen.clouds[:2])
+    assert (after < before).any(), "the test means nothing"
+
+
 def test_other_blocks_and_degenerate_prompts():
     torch.manual_seed(0)
     rows = found(capture(model(arrangement=Parallel(), ffn=GELU(), depth=1), words(6)))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn import metrics
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from emformer.geometry.clusters import (
@@ -118,6 +119,9 @@ def test_planted_clusters_are_found(seed: int) -> None:
         assert torch.equal(torch.get_rng_state(), state) and np.random.get_state()[1].tolist() == drawn
         torch.manual_seed(99)
         assert torch.equal(kmeans(directions, k, seed).labels, kmeans(directions, k, seed).labels)
+    cloud = normal(60, 4)  # without clusters the starts matter
+    fitted = KMeans(7, n_init=4, random_state=seed).fit(cloud.numpy())
+    assert persistence(kmeans(cloud, 7, seed).labels, torch.from_numpy(fitted.labels_).long()).ari == 1
     # a scatter around the clusters belongs to none of them
     scatter = torch.cat([planted(3, 40, 8, 0.05)[0], 4 * normal(20, 8)])
     found = hdbscan(scatter)
