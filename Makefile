@@ -22,8 +22,9 @@ $(READY): pyproject.toml configs/constraints.txt
 train: $(READY)
 	@$(BIN)/emformer fit -c configs/default.yaml --run $(RUN) --resume
 
+# Two processes of one thread each, where there are two cores: most tests are small.
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check emformer train
