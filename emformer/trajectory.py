@@ -54,6 +54,7 @@ class Trajectory:
         steps: `emformer.block.Step`, in order: `before`, `read`, `mixture`, `update`, `after`, `ffn`.
         tokens: ids (B, T), or None.
         labels: a class for each token (B, T), -1 where there is none; or None.
+        groups: a number for each prompt (B,), the same for prompts that are not independent (they share text); or None.
         model: whose flow it is; None for foreign clouds, and what asks for operators, heads or patterns is then not there.
         epsilon: step size of each step.
     """
@@ -65,13 +66,14 @@ class Trajectory:
         model: Emformer | None = None,
         tokens: Tensor | None = None,
         labels: Tensor | None = None,
+        groups: Tensor | None = None,
         closing: Tensor | None = None,
         epsilon: Sequence[float] | None = None,
         reads: bool = True,
     ):
         if not steps:
             raise ValueError("a trajectory has at least one step")
-        self.steps, self.model, self.tokens, self.labels = tuple(steps), model, tokens, labels
+        self.steps, self.model, self.tokens, self.labels, self.groups = tuple(steps), model, tokens, labels, groups
         self.epsilon = tuple(epsilon) if epsilon is not None else (1.0,) * len(self.steps)
         self._closing, self._reads = closing, reads
         self._patterns: dict[int, Weights] = {}
@@ -204,7 +206,8 @@ class Trajectory:
         for k, step in enumerate(self.steps):
             kept |= {f"updates.{k}": step.update}
             kept |= {f"{name}.{k}": x for name, x in (("mixtures", step.mixture), ("ffn", step.ffn)) if x is not None}
-        kept |= {name: x for name, x in (("tokens", self.tokens), ("labels", self.labels)) if x is not None}
+        whole = ("tokens", self.tokens), ("labels", self.labels), ("groups", self.groups)
+        kept |= {name: x for name, x in whole if x is not None}
         meta = {
             "format": FORMAT,
             "points": [(step.layer, step.point) for step in self.steps],
@@ -260,6 +263,7 @@ class Trajectory:
             model=model,
             tokens=found.get("tokens"),
             labels=found.get("labels"),
+            groups=found.get("groups"),
             closing=found.get(f"reads.{len(steps)}"),
             epsilon=meta["epsilon"],
             reads=reads,
@@ -270,7 +274,7 @@ class Trajectory:
 
 
 @torch.no_grad()
-def capture(model: Emformer, tokens: Tokens, labels: Tensor | None = None) -> Trajectory:
+def capture(model: Emformer, tokens: Tokens, labels: Tensor | None = None, groups: Tensor | None = None) -> Trajectory:
     """The trajectory of the prompts `tokens` (B, T): no dropout, no autocast, no gradient; closure is asserted.
 
     The model is left as it was. Cost: a forward pass without unembedding, and the per-head updates once; memory about 5 clouds
@@ -283,7 +287,7 @@ def capture(model: Emformer, tokens: Tokens, labels: Tensor | None = None) -> Tr
         steps = list(model.flow(tokens))
         closing = model.norm(steps[-1].after)
     epsilon = [model.layer(step.layer).epsilon for step in steps]
-    found = Trajectory(steps, model=model, tokens=tokens, labels=labels, closing=closing, epsilon=epsilon)
+    found = Trajectory(steps, model=model, tokens=tokens, labels=labels, groups=groups, closing=closing, epsilon=epsilon)
     found.assert_closure()
     return found
 

@@ -15,9 +15,9 @@ from emformer.geometry.spectra import wide
 NEAR_DUPLICATES = 0.05  # above it a cloud is suspect, see `near_duplicates`
 
 _SPARE = 8  # candidates beyond k, so that the bound can prove the k-th
-_ROWS = 256  # of a block of distances: enough for the matrix product, few enough to stay in cache
+_TABLE = 2**22  # distances screened at a time, 16 MB: every block is a barrier for all threads
 _LANES = 4  # columns behind one minimum: finding the smallest minima first shortens the selection
-_BLOCK = 2**18  # coordinates refined at a time, 2 MB
+_BLOCK = 2**20  # coordinates refined at a time, 8 MB
 
 
 class Neighbours(NamedTuple):
@@ -40,7 +40,7 @@ def nearest(cloud: Float[Tensor, "points d"], k: int) -> Neighbours:
     Of points that are equal in every coordinate the first is kept. A cloud with an entry that is not finite keeps none. Float32
     products on the centred cloud propose candidates, whose distances are then taken coordinate by coordinate in float64; a row
     for which the error bound of the products does not exclude every other point is searched again in float64, and again without
-    products. Bitwise the same on every run. Cost N^2 d, memory O(N k + 256 N). Raises ValueError for k < 1.
+    products. Bitwise the same on every run. Cost N^2 d, memory O(N (k + d)) and some 100 MB. Raises ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"the number of neighbours must be at least 1, not {k}")
@@ -110,7 +110,7 @@ def _search(w: Tensor, k: int) -> tuple[Tensor, Tensor]:
         rows = rows[r[:, -1].square() > floor]
         if not len(rows):
             break
-    for block in rows.split(_ROWS):
+    for block in rows.split(max(1, _TABLE // len(w))):
         r = torch.cdist(w[block], w, compute_mode="donot_use_mm_for_euclid_dist")
         r[torch.arange(len(block), device=w.device), block] = torch.inf
         r, j = r.sort(dim=1, stable=True)
@@ -139,9 +139,10 @@ def _screen(y: Tensor, rows: Tensor, m: int) -> tuple[Tensor, Tensor]:
     far = torch.cat([norms.to(y.dtype), y.new_full((padding,), torch.inf)])
     y = torch.cat([y, y.new_zeros(padding, d)])
     lane = torch.arange(lanes, device=y.device)[:, None] * width
-    bounds = y.new_empty(min(_ROWS, len(rows)), lanes * width)
+    blocks = rows.split(max(1, _TABLE // n))
+    bounds = y.new_empty(len(blocks[0]), lanes * width)
     candidates, floor, holds = [], [], True
-    for block in rows.split(_ROWS):
+    for block in blocks:
         bound = torch.addmm(far, y[block], y.mT, alpha=-2, out=bounds[: len(block)])
         bound[torch.arange(len(block), device=y.device), block] = torch.inf
         if not floor:

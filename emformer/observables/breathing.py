@@ -31,7 +31,8 @@ class Breathing(parts.Observable):
 
     The number of points is the same at all states, for an estimate falls short of the truth by an amount that depends on it:
     numbers mean something beside each other alone. A state at which more than a tenth of the points are duplicates (X^0 where
-    positions are not in the embedding) has no dimension, and neither have the changes next to it.
+    positions are not in the embedding) has no dimension, and neither have the changes next to it. Prompts that share text are
+    resampled together.
 
     Cost: two searches of neighbours a state, each points^2 d. Source: math G.
 
@@ -124,6 +125,7 @@ class _Last(Observation):
         self._states: list[tuple[int, str]] = []
         self._changes: list[Change] = []
         self._parallel = False
+        self._groups: Tensor | None = None
 
     def _clouds(self, trajectory: Trajectory) -> list[tuple[str, Tensor]]:
         """(name, (B, d)) of the states, in order, and then of the halves of parallel blocks."""
@@ -132,6 +134,7 @@ class _Last(Observation):
         found = [(f"raw{k}", state.x[:, -1]) for k, state in enumerate(states)]
         found += [(f"read{k}", state.read[:, -1]) for k, state in enumerate(states) if state.read is not None]
         found += [(f"update{k}", step.update[:, -1]) for k, step in enumerate(trajectory.steps)]
+        found += _group(trajectory)
         self._changes, extra = [], len(states)
         for k, step in enumerate(trajectory.steps):
             if step.point in AT:
@@ -154,6 +157,7 @@ class _Breathing(_Last):
     def rows(self) -> list[Row]:
         if not len(self._reservoir):
             return []
+        self._groups = _numbered(self._reservoir)
         found: list[Row] = []
         views: dict[str, list[Neighbours]] = {}
         for cloud in ("raw", "read"):
@@ -180,7 +184,7 @@ class _Breathing(_Last):
 
     def _dimensions(self, cloud: str, clouds: Sequence[Tensor], near: Sequence[Neighbours]) -> list[Row]:
         found: list[Row] = []
-        errors = _errors(near[: len(self._states)], self._seed)
+        errors = _errors(near[: len(self._states)], self._seed, self._groups)
         for k, (layer, point) in enumerate(self._states):
             x, here = clouds[k], near[k]
             n, d = x.shape
@@ -217,11 +221,11 @@ class _Breathing(_Last):
             return []
         paired = [c.layer for c in changes if c.point == "attn"] == [c.layer for c in changes if c.point == "ffn"]
         if paired:
-            whole = breathing.breathing(near, sides["attn"], sides["ffn"], seed=self._seed)
+            whole = breathing.breathing(near, sides["attn"], sides["ffn"], seed=self._seed, prompts=self._groups)
             each = {"attn": whole.attn, "ffn": whole.mlp}
         else:
             each = {
-                point: breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed)
+                point: breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed, prompts=self._groups)
                 for point, pairs in sides.items()
                 if pairs
             }
@@ -295,7 +299,7 @@ class _Controls(_Last):
                     self._offer(found, step.layer, point, "noise", k, x + epsilon * random, place)
             if step.mixture is not None and trajectory.model is not None:
                 self._offer(found, step.layer, "attn", "uniform", k, x + epsilon * _uniform(trajectory, k), place)
-        self._reservoir.offer(**found)
+        self._reservoir.offer(**found, **dict(_group(trajectory)))
 
     def _offer(self, found: dict[str, Tensor], layer: int, point: str, param: str, k: int, raw: Tensor, place: Any) -> None:
         found[f"instead{len(self._instead)}"] = (raw if place is None else place(raw))[:, 0]
@@ -305,13 +309,14 @@ class _Controls(_Last):
     def rows(self) -> list[Row]:
         if not len(self._reservoir) or not self._instead:
             return []
+        groups = _numbered(self._reservoir)
         states = 1 + max(k for *_, k in self._instead)
         scales = 2 * max(dimension.SCALES)  # as many neighbours as the halves of the bootstrap may need
         near = [nearest(self._reservoir[f"raw{k}"].cpu(), scales) for k in range(states)]
         near += [nearest(self._reservoir[f"instead{k}"].cpu(), scales) for k in range(len(self._instead))]
         pairs = [(before, states + k) for k, (*_, before) in enumerate(self._instead)]
-        change = breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed)
-        errors = _errors(near[states:], self._seed)
+        change = breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed, prompts=groups)
+        errors = _errors(near[states:], self._seed, groups)
         found: list[Row] = []
         n = len(self._reservoir)
         for k, (layer, point, param, _) in enumerate(self._instead):
@@ -341,9 +346,18 @@ def _weights(pairs: Sequence[tuple[int, int]], states: int) -> Tensor:
     return rows
 
 
-def _errors(near: Sequence[Neighbours], seed: int) -> list[float]:
+def _errors(near: Sequence[Neighbours], seed: int, groups: Tensor | None) -> list[float]:
     """Standard errors of log dimension at each state, the dependence of points included."""
-    return breathing.contrasts(near, torch.eye(len(near), dtype=torch.float64), seed=seed).se.tolist()
+    return breathing.contrasts(near, torch.eye(len(near), dtype=torch.float64), seed=seed, prompts=groups).se.tolist()
+
+
+def _group(trajectory: Trajectory) -> list[tuple[str, Tensor]]:
+    return [] if trajectory.groups is None else [("group", trajectory.groups)]
+
+
+def _numbered(reservoir: Reservoir) -> Tensor | None:
+    """The group of each point, numbered from 0: what the bootstrap draws whole. None: each point is its own."""
+    return reservoir["group"].unique(return_inverse=True)[1] if "group" in reservoir else None
 
 
 def _row(

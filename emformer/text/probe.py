@@ -58,6 +58,14 @@ class Prompts:
         return max(0, length - int(self._gaps().min(initial=length)))
 
     @property
+    def groups(self) -> Int64[np.ndarray, " N"]:
+        """A number for each prompt, the same for those that begin in the same stretch of 2 T tokens: most prompts that share text
+        then share a group, and are one draw to a bootstrap. Where none overlap, each is a group of its own."""
+        if not self.shared:
+            return np.arange(len(self.starts))
+        return self.starts // (2 * self.tokens.shape[1])
+
+    @property
     def identity(self) -> str:
         """Hex SHA-256 of tokens, places, names and labels: what was measured on equal probes may be compared."""
         total = hashlib.sha256(json.dumps([*self.tokens.shape, *self.names]).encode())

@@ -172,7 +172,8 @@ def record(
             labels = None if labels is None else np.stack([shuffled(column, seed) for column in labels])
         for some in _chunks([look.prompts for look in here], len(tokens), chunk):
             marks = None if labels is None else _to(labels[0, some], device)
-            once.update(capture(model, _to(tokens[some], device), marks))
+            groups = torch.from_numpy(prompts.groups[some])
+            once.update(capture(model, _to(tokens[some], device), marks, groups))
         rows += once.rows()
         skipped += [sentence for sentence in once.skipped if sentence not in skipped]
     return rows, skipped

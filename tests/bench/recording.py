@@ -38,7 +38,7 @@ def _model() -> emf.Emformer:
 
 def _prompts(count: int) -> Prompts:
     tokens = np.random.default_rng(0).integers(0, VOCAB, (count, 64))
-    return Prompts(tokens, np.arange(count))
+    return Prompts(tokens, 64 * np.arange(count))
 
 
 def _record(alternating: Timing, rounds: int, looks: list[Look], prompts: Prompts, limit: float) -> dict:

@@ -162,6 +162,24 @@ def test_prompts_in_two_lots_are_the_same_points_and_bits():
     assert len(few._reservoir) == len(many._reservoir) == 30
 
 
+def test_prompts_of_one_group_are_one_draw():
+    from emformer.geometry.breathing import contrasts
+    from emformer.geometry.neighbours import nearest
+
+    trajectory = planted(0, [4, 6, 4])
+    own = told(Breathing(), trajectory)
+    trajectory.groups = 7 + torch.arange(N) // 25
+    found = told(Breathing(), trajectory)
+    near = [nearest(x[:, -1], 64) for x in trajectory.clouds]
+    change = contrasts(near, torch.tensor([[-1.0, 1, 0], [0, -1, 1]]), prompts=torch.arange(N) // 25)
+    rise = found["breath.b_attn", 0, "attn", "raw", None]
+    assert rise.mean == pytest.approx(float(change.value[0])) and rise.se == pytest.approx(float(change.se[0]), rel=0.15)
+    assert rise.mean == own["breath.b_attn", 0, "attn", "raw", None].mean
+    assert rise.se != own["breath.b_attn", 0, "attn", "raw", None].se and rise.n_valid == N
+    noise = told(Controls(), trajectory)["breath.b_attn", 0, "attn", "raw", "noise"]
+    assert noise.se is not None and noise.mean > 0
+
+
 @pytest.mark.parametrize("observable", [Breathing(), Controls()], ids=lambda one: type(one).__name__)
 def test_degenerate_clouds_are_finite_or_undefined(observable):
     zero, same = torch.zeros(40, 2, 6), torch.ones(40, 2, 6)

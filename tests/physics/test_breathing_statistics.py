@@ -255,6 +255,9 @@ def test_undefined_states_leave_out_their_blocks() -> None:
     for whole, part in zip(one[2:6], rest[2:6], strict=True):
         torch.testing.assert_close(whole.value, part.value, rtol=1e-12, atol=1e-14)
     assert one.p < 0.05
+    last = breathing(near[::-1])
+    assert last.attn.value.isfinite().all() and last.mlp.value.isfinite().tolist() == [True, True, False]
+    torch.testing.assert_close(last.mean_attn.value, breathing(near[:1:-1]).mean_attn.value, rtol=1e-12, atol=0)
     nowhere = breathing([nearest(torch.ones(50, 3), K)] * 3)
     assert math.isnan(nowhere.p) and math.isnan(nowhere.sawtooth.amplitude) and bool(nowhere.attn.p.isnan().all())
     for size, known in ((0, False), (1, False), (2, False), (3, True), (4, True), (12, True)):
@@ -262,6 +265,7 @@ def test_undefined_states_leave_out_their_blocks() -> None:
         for change in few[:6]:
             assert bool(change.value.isfinite().all()) == known
             assert all(bool((field.isfinite() | field.isnan()).all()) for field in change)
+            assert bool(change.se.isfinite().all()) or size < 12
     # the same with the regular simplex, whose ratios are all 1, between clouds
     few = breathing([nearest(normal(24, 24), K), nearest(torch.eye(24), K), nearest(normal(24, 24), K)])
     assert few.sawtooth.n_dropped == 1 and bool(few.drift.value.isnan())

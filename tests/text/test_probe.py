@@ -108,6 +108,20 @@ def test_the_first_prompts_are_a_fair_sample() -> None:
         assert np.bincount((starts[:, 0] * 5).astype(int), minlength=5).min() > 140  # 200 are expected
 
 
+def test_prompts_that_share_text_share_a_group() -> None:
+    apart = places(1000, 20, 10, 0)
+    assert len(set(apart.groups)) == 20, "none overlap"
+    close = places(400, 100, 20, 0)
+    groups, order = close.groups[np.argsort(close.starts)], np.sort(close.starts)
+    assert (np.diff(groups) >= 0).all() and len(set(groups)) == 400 // 40
+    for group in set(groups):
+        inside = order[groups == group]
+        assert inside[-1] - inside[0] < 40
+    for group, other in pairwise(range(10)):  # every second stretch shares nothing
+        gap = order[groups == other + 1].min(initial=10**6) - order[groups == group].max()
+        assert gap > 20
+
+
 def test_shuffling_keeps_the_words_and_the_last() -> None:
     tokens = np.random.default_rng(0).integers(0, 50, (200, 12))
     found = shuffled(tokens, 5)
