@@ -217,6 +217,9 @@ def choose_k(cloud: Cloud, seed: int = 0, most: int = 20) -> Scan:
     return Scan(_partition(fits[chosen].labels.numpy(), present), values[chosen], tried, values)
 
 
+SCORES = {"ari": adjusted_rand_score, "ami": adjusted_mutual_info_score, "v_measure": v_measure_score}
+
+
 class Persistence(NamedTuple):
     ari: float  # <= 1, null 0
     ami: float  # <= 1, null 0
@@ -225,21 +228,19 @@ class Persistence(NamedTuple):
     n_dropped: int  # tokens without a label in either partition
 
 
-def persistence(a: Labels, b: Labels) -> Persistence:
+def persistence(a: Labels, b: Labels, scores: Sequence[str] = tuple(SCORES)) -> Persistence:
     """How far two partitions of the same tokens agree, whatever their clusters are called.
 
     Adjusted Rand index and adjusted mutual information: 1 iff the partitions are equal, 0 on average for independent labels of
     the same sizes. V-measure, the harmonic mean of homogeneity and completeness, is above 0 by chance. nan without a common
-    token. Cost N and the product of the numbers of clusters. Source: math F; Hubert and Arabie 1985, "Comparing partitions";
-    Vinh et al. 2010.
+    token, and where `scores` does not name it: each costs N and the product of the numbers of clusters. Source: math F; Hubert
+    and Arabie 1985, "Comparing partitions"; Vinh et al. 2010.
     """
     kept = (a >= 0) & (b >= 0)
     n, n_dropped = int(kept.sum()), int((~kept).sum())
-    if not n:
-        return Persistence(float("nan"), float("nan"), float("nan"), n, n_dropped)
     pair = a[kept].cpu().numpy(), b[kept].cpu().numpy()
-    scores = (float(score(*pair)) for score in (adjusted_rand_score, adjusted_mutual_info_score, v_measure_score))
-    return Persistence(*scores, n, n_dropped)
+    found = (float(score(*pair)) if n and name in scores else float("nan") for name, score in SCORES.items())
+    return Persistence(*found, n, n_dropped)
 
 
 class Neighbours(NamedTuple):

@@ -259,11 +259,13 @@ def _nearest_own(x: Tensor, y: Tensor) -> Tensor:
     share = 1.01 * (d + 16) * 2.0**-24
     norms = [torch.linalg.vector_norm(cloud, dim=-1) for cloud in (x, y)]
     scale = 1 / torch.maximum(*(norm.amax(-1) for norm in norms)).clamp(min=1e-300)[:, None]  # neither overflow nor underflow
-    narrow = [torch.mul(cloud, scale[..., None], out=torch.empty_like(cloud, dtype=torch.float32)) for cloud in (x, y)]
+    # products that someone has allowed to be coarser than float32 prove nothing
+    dtype = torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64
+    narrow = [torch.mul(cloud, scale[..., None], out=torch.empty_like(cloud, dtype=dtype)) for cloud in (x, y)]
     energy, h = ((norm * scale).square() / 2 for norm in norms)
-    # numpy's product is of full precision whatever torch has been told about float32
-    gain = torch.from_numpy(narrow[0].numpy() @ narrow[1].mT.numpy())
-    gain -= ((1 - share) * h).float().unsqueeze(-2)
+    # not by numpy: its threads and those of torch, which wait for work by spinning, would take the cores from each other
+    gain = narrow[0] @ narrow[1].mT
+    gain -= ((1 - share) * h).to(dtype).unsqueeze(-2)
     gain.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
     own = torch.linalg.vecdot(x, y) * scale.square() - h
     return (own - gain.amax(-1) > share * energy + d * 1e-36).all(-1)

@@ -120,7 +120,7 @@ class _Clustering(Observation):
             return []
         setting, labels = self._setting, list(self._pool.labels())
         clouds = list(self._pool.directions())
-        fits = [clusters.kmeans(cloud, setting.k, setting.seed).labels for *_, cloud in clouds]
+        fits = [clusters.kmeans(cloud, setting.k, setting.seed, starts=1).labels for *_, cloud in clouds]
         near = [clusters.neighbours(cloud, setting.neighbours).indices for *_, cloud in clouds]
         found: list[Row] = []
         for k, (layer, point, cloud) in enumerate(clouds):
@@ -128,11 +128,11 @@ class _Clustering(Observation):
             shape = clusters.silhouette(cloud, fits[k])
             found.append(_row(at, "clu.silhouette", shape.mean, shape[3:], error=shape.error, null=0.0))
             if k:
-                same = clusters.persistence(fits[k - 1], fits[k])
+                same = clusters.persistence(fits[k - 1], fits[k], ["ari"])
                 found.append(_row(at, "clu.ari_next", same.ari, same[3:], null=0.0))
                 kept = clusters.neighbour_overlap(near[k - 1], near[k])
                 found.append(_overlap(at, "clu.chi_k", kept, f"k={setting.neighbours}"))
-            last = clusters.persistence(fits[k], fits[-1])
+            last = clusters.persistence(fits[k], fits[-1], ["ami"])
             found.append(_row(at, "clu.ami_final", last.ami, last[3:], null=0.0))
             for name, ids in labels:
                 apart = clusters.separation(cloud, ids)

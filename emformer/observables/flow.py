@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,7 +89,8 @@ class _Flow(Observation):
         add(random, *nowhere, "flow.tortuosity", param="random")
         if len(steps) > 1:
             add(path.turning.nanmean(0), *nowhere, "flow.turning", null=math.pi / 2)
-            add(paths.permuted_turning(clouds, 1, self._seed).expected, *nowhere, "flow.turning", param="permuted")
+            some = [x[:, ::4] for x in clouds]  # as long as all else together, and its mean needs fewer tokens
+            add(paths.permuted_turning(some, 1, self._seed).expected, *nowhere, "flow.turning", param="permuted")
         self._seed += 1  # other draws for the next prompts
         for k in trajectory.attentions:
             self._heads(trajectory, k)
@@ -117,15 +118,17 @@ TAIL = math.erfc(math.sqrt(2)) / 2  # mass of a normal law beyond two standard d
 class Transport(parts.Observable):
     """Distances between the clouds before and after a step, as measures, prompt by prompt.
 
-    Cost: one exact assignment a prompt and step, and one from first to last state. A first token that is a sink carries most of
-    them: the distances are told without it too (param "nosink"). Source: math D.8.
+    A first token that is a sink carries most of them: look without it too. Cost: one exact assignment a prompt and step, and one
+    from first to last state. Source: math D.8.
 
     Args:
+        skip: tokens at the beginning of each prompt that are left out (rows then say so in `param`, as "skip=1").
         projections: directions of the sliced distance.
         seed: of the directions, the same for every prompt and step.
     """
 
-    projections: int = 64
+    skip: int = 0
+    projections: int = 32
     seed: int = 0
 
     family: ClassVar[str] = "flow"
@@ -139,35 +142,40 @@ class Transport(parts.Observable):
     }
 
     def __post_init__(self) -> None:
-        if self.projections < 2:
-            raise UserError(f"Transport: projections is {self.projections}; choose at least 2.")
+        if self.projections < 2 or self.skip < 0:
+            raise UserError(f"{self} cannot be measured: projections is at least 2 and skip at least 0.")
+
+    @classmethod
+    def examples(cls) -> Sequence[Transport]:
+        return [cls(), cls(skip=1)]
 
     def begin(self) -> Observation:
-        return _Transport(self.projections, self.seed)
+        return _Transport(self)
 
 
 class _Transport(Observation):
-    def __init__(self, projections: int, seed: int):
-        self._projections, self._seed, self._moments = projections, seed, Moments()
+    def __init__(self, setting: Transport):
+        self._setting, self._moments = setting, Moments()
 
     def update(self, trajectory: Trajectory) -> None:
-        add, clouds = self._moments.add, trajectory.clouds
+        setting, add = self._setting, self._moments.add
+        clouds = [x[:, setting.skip :] for x in trajectory.clouds]
+        tokens, param = clouds[0].shape[1], f"skip={setting.skip}" if setting.skip else None
+        if not tokens:
+            return
         hops = 0.0
         for step, before, after in zip(trajectory.steps, clouds, clouds[1:], strict=False):
             at = step.layer, step.point
             whole = transport.wasserstein(before, after)
             hops = hops + whole.w2
-            add(whole.w2, *at, "flow.w2")
-            add(whole.identity, *at, "flow.w2_ident")
-            add(whole.fixed, *at, "flow.w2_fixed", null=1 / before.shape[1])
-            add(whole.shape, *at, "flow.w2_shape")
-            add(transport.sliced(before, after, self._projections, self._seed).distance, *at, "flow.sw2")
-            if before.shape[1] > 1:
-                rest = transport.wasserstein(before[:, 1:], after[:, 1:])
-                add(rest.w2, *at, "flow.w2", param="nosink")
-                add(rest.identity, *at, "flow.w2_ident", param="nosink")
+            add(whole.w2, *at, "flow.w2", param=param)
+            add(whole.identity, *at, "flow.w2_ident", param=param)
+            add(whole.fixed, *at, "flow.w2_fixed", param=param, null=1 / tokens)
+            add(whole.shape, *at, "flow.w2_shape", param=param)
+            sliced = transport.sliced(before, after, setting.projections, setting.seed).distance
+            add(sliced, *at, "flow.sw2", param=param)
         chord = transport.wasserstein(clouds[0], clouds[-1]).w2
-        add((chord / hops).clamp(max=1), None, None, "flow.geodesic")
+        add((chord / hops).clamp(max=1), None, None, "flow.geodesic", param=param)
 
     def rows(self) -> list[Row]:
         return self._moments.rows()

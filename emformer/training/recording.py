@@ -60,7 +60,7 @@ class FlowCallback(parts.Callback):
         return step == max_steps or self.cadence.due(step, max_steps)
 
     def looks(self, final: bool) -> Sequence[Look]:
-        costly = [Bures()] if final else []
+        costly = [Bures(), Transport(skip=1)] if final else []
         return [Look([Flow(), Transport(), *costly], self.prompts)]
 
 

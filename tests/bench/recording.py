@@ -16,6 +16,7 @@ import ot
 import pytorch_lightning as pl
 import skdim
 import torch
+from threadpoolctl import threadpool_limits
 
 import emformer as emf
 from emformer.geometry.dimension import twonn, twonn_fit
@@ -89,7 +90,11 @@ def _transport(alternating: Timing, rounds: int, x: torch.Tensor, y: torch.Tenso
         return float(ot.emd2(weights, weights, ot.dist(a, b)) ** 0.5)
 
     apart = abs(float(wasserstein(x, y).w2) / theirs() - 1)
-    found = alternating(theirs, lambda: wasserstein(x, y), rounds, 5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the pools of numpy and torch wait by spinning, and in turns would measure each other
+    with threadpool_limits(1):
+        found = alternating(theirs, lambda: wasserstein(x, y), rounds, 20)
+    torch.set_num_threads(threads)
     return found | {"goal": goal, "relative_difference": apart}
 
 

@@ -17,7 +17,7 @@ from emformer.parts import UserError
 from emformer.settings import Drift
 from emformer.trajectory import Trajectory, capture
 
-FAMILY = [Flow(), Transport(), Bures()]
+FAMILY = [Flow(), Transport(), Transport(skip=1), Bures()]
 
 
 def told(observable, *trajectories: Trajectory) -> dict[tuple, Row]:
@@ -57,7 +57,6 @@ def test_a_cloud_that_is_carried_away_whole():
         assert found[key, *at, None].mean == pytest.approx(5, abs=1e-9)
     assert found["flow.w2_fixed", *at, None].mean == 1 and found["flow.w2_fixed", *at, None].null == 1 / 16
     assert found["flow.w2_shape", *at, None].mean == pytest.approx(0, abs=1e-9)
-    assert found["flow.w2", *at, "nosink"].mean == pytest.approx(5, abs=1e-9)
     assert found["flow.sw2", *at, None].mean == pytest.approx(2.5, rel=0.05)
     assert whole(found, "flow.geodesic").mean == pytest.approx(1, abs=1e-12)
 
@@ -66,9 +65,12 @@ def test_a_massive_first_token_is_told_apart():
     cloud = torch.randn(1, 9, 4, dtype=torch.float64)
     after = cloud + 0.1 * torch.randn(1, 9, 4, dtype=torch.float64)
     after[:, 0] += 1000
-    found = told(Transport(), Trajectory.from_clouds([cloud, after]))
-    assert found["flow.w2", 0, "block", None, "raw", None].mean > 300
-    assert found["flow.w2", 0, "block", None, "raw", "nosink"].mean < 0.5
+    trajectory = Trajectory.from_clouds([cloud, after])
+    assert told(Transport(), trajectory)["flow.w2", 0, "block", None, "raw", None].mean > 300
+    found = told(Transport(skip=1), trajectory)
+    assert found["flow.w2", 0, "block", None, "raw", "skip=1"].mean < 0.5
+    assert found["flow.w2_fixed", 0, "block", None, "raw", "skip=1"].null == 1 / 8
+    assert told(Transport(skip=9), trajectory) == {}, "nothing is left"
 
 
 def test_a_model_moves_as_an_independent_computation_says(seed):
@@ -136,5 +138,6 @@ def test_degenerate_clouds_are_finite_or_undefined(observable):
 
 
 def test_too_few_directions_are_refused():
-    with pytest.raises(UserError, match="projections"):
-        Transport(projections=1)
+    for bad in ({"projections": 1}, {"skip": -1}):
+        with pytest.raises(UserError, match="cannot be measured"):
+            Transport(**bad)

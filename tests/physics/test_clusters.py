@@ -161,6 +161,8 @@ def test_persistence() -> None:
     assert found.ari == pytest.approx((4 - 6 * 7 / 15) / ((6 + 7) / 2 - 6 * 7 / 15))
     draws = torch.tensor([persistence(torch.randint(0, 4, (80,)), torch.randint(0, 6, (80,)))[:2] for _ in range(100)])
     assert (draws.mean(0).abs() < 3.5 * draws.std(0) / 10).all()
+    alone = persistence(a, a, ["ami"])
+    assert alone.ami == pytest.approx(1) and math.isnan(alone.ari) and math.isnan(alone.v_measure)
     noisy = a.clone()
     noisy[:7] = -1
     assert persistence(a, noisy) == (1, pytest.approx(1), 1, 53, 7)
