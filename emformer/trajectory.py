@@ -24,7 +24,7 @@ from emformer.types import Cloud, HeadClouds, Table, Tokens, Weights
 FORMAT = 1
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the closure; half precision has about three digits
 HALF_TOLERANCE = 2e-2
-AT_ONCE = 1 << 24  # numbers of the per-head updates that closure looks at in one go
+AT_ONCE = 1 << 19  # numbers of the per-head updates that closure looks at in one go: they stay in the cache
 
 
 class ClosureError(ArithmeticError):

@@ -252,6 +252,7 @@ def test_cosines_are_those_of_the_frame():
         image = axes.images[0]
         np.testing.assert_array_equal(image.get_array(), np.stack([column(key, step, cloud) for step in STEPS], 1))
         assert (image.norm.vmin, image.norm.vmax) == (-end, end)
+        assert axes.transData.transform((0, 0))[1] < axes.transData.transform((0, 1))[1], "X⁰ is at the bottom"
         assert [float(text.get_text().replace("−", "-")) for text in axes.texts] == image.get_array().round(2).ravel().tolist()
     assert "(by chance −0.016)" in words(figure)
     assert [tick.get_text() for tick in panels(figure)[0].get_yticklabels()] == STATES
