@@ -1,6 +1,6 @@
 """Loss curves of low-rank against dense operators: the same settings, seeds and batches, M and F apart.
 
-python train/compare.py -c configs/default.yaml --steps 300 --every 50 --figure train/lowrank-dense.svg
+python train/compare.py --steps 300 --every 50 --dropout 0.1 --figure train/lowrank-dense.svg
 python train/compare.py -c configs/shakespeare-char.yaml --path FILE --steps 300
 """
 
@@ -19,6 +19,7 @@ options.add_argument("-c", "--config", default="configs/default.yaml", help="set
 options.add_argument("--path", help="a text file instead of the configuration's corpus")
 options.add_argument("--steps", type=int, help="instead of the configuration's")
 options.add_argument("--every", type=int, help="steps between validations, instead of the configuration's")
+options.add_argument("--dropout", type=float, help="instead of the configuration's")
 options.add_argument("--seeds", type=int, default=3)
 options.add_argument("--only", choices=["low-rank", "dense"], help="one of the two")
 options.add_argument("--runs", type=Path, default=Path("runs/compare"), help="finished runs here are not run again")
@@ -30,7 +31,7 @@ def main() -> None:
     base = emf.read_settings(given.config)
     steps = given.steps or base.training.max_steps
     base = replace(base, data=replace(base.data, path=given.path or base.data.path), callbacks=[])
-    model = base.model
+    model = base.model if given.dropout is None else replace(base.model, dropout=given.dropout)
     dense = replace(model, form=Dense(), content=Dense(update_std=model.content.update_std))
     figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
     for name, one in {"low-rank": model, "dense": dense}.items():

@@ -208,7 +208,7 @@ def choose_k(cloud: Cloud, seed: int = 0, most: int = 20) -> Scan:
     points = torch.from_numpy(rows)
     distances = _distances(points)
     tried = tuple(range(2, min(most, len(rows) // 5) + 1))
-    fits = [kmeans(points, k, seed, starts=1) for k in tried]
+    fits = [kmeans(points, k, seed, starts=2) for k in tried]
     values = tuple(_silhouette(distances, fit.labels, 0).mean for fit in fits)
     defined = [i for i, value in enumerate(values) if value == value]
     if not defined:

@@ -106,9 +106,9 @@ def test_what_belongs_to_one_step_goes_through_the_model_once(monkeypatch: pytes
     seen: list[int] = []
     honest = recording.capture
 
-    def counted(net: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
+    def counted(net: torch.nn.Module, tokens: torch.Tensor, *rest: Any) -> Any:
         seen.append(len(tokens))
-        return honest(net, tokens, labels)
+        return honest(net, tokens, *rest)
 
     monkeypatch.setattr(recording, "capture", counted)
     net, prompts = model(ffn=GELU()), some(30)
