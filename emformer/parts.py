@@ -245,12 +245,9 @@ class Callback(Part):
     """Setting of what is recorded while a model learns, and when."""
 
     @abstractmethod
-    def due(self, step: int, max_steps: int) -> bool:
-        """Whether anything is to be recorded after this step."""
-
-    @abstractmethod
-    def looks(self, final: bool) -> Sequence[Any]:
-        """What to look at, `emformer.observables.Look`s; `final`: after the last step, when costly ones have their turn."""
+    def looks(self, step: int, max_steps: int) -> Sequence[Any]:
+        """What to look at after optimiser step `step` of `max_steps`, as `emformer.observables.Look`s; none if nothing is due.
+        Step 0 is the untrained model; after the last step costly ones have their turn."""
 
 
 class Logger(Part):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import glob
 import io
 import operator
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.json
 
+from emformer.files import replaced
 from emformer.observables.base import COLUMNS, Row
 from emformer.observables.frame import DTYPES, conform
 from emformer.parts import UserError
@@ -77,17 +77,11 @@ def write_parquet(run: Source) -> Path:
     if not folder.records.is_file():
         raise UserError(_nothing(str(run)))
     found = _read_rows(folder.records)
-    partial = folder.parquet.with_name(f".{folder.parquet.name}.{os.getpid()}.part")
     try:
-        with open(partial, "wb") as file:
-            found.to_parquet(file, engine="pyarrow", index=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, folder.parquet)
+        with replaced(folder.parquet) as partial:
+            found.to_parquet(partial, engine="pyarrow", index=False)
     except OSError as error:
         raise disk_error(error, folder.parquet) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return folder.parquet
 
 

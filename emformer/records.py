@@ -32,6 +32,7 @@ from tokenizers import Tokenizer
 
 from emformer import parts
 from emformer.configuration import load_parts, parse, read_yaml, revive, settings_parser
+from emformer.files import replaced
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.settings import Settings
@@ -136,15 +137,10 @@ def disk_error(error: OSError, path: Path) -> UserError:
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace the file at once: a reader sees the old content or the new, a killed writer leaves the old."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(partial, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with replaced(path) as partial:
+            partial.write_bytes(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise disk_error(error, path) from error
 
 

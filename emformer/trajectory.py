@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from emformer.block import Block, Point, Step
+from emformer.files import replaced
 from emformer.kernels.base import scores
 from emformer.masks import visible
 from emformer.model import Emformer
@@ -213,17 +213,13 @@ class Trajectory:
             "points": [(step.layer, step.point) for step in self.steps],
             "epsilon": self.epsilon,
         }
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             # a clone each: views of one storage cannot be written twice
-            save_file(
-                {name: x.detach().cpu().contiguous().clone() for name, x in kept.items()}, partial, {"emformer": json.dumps(meta)}
-            )
-            os.replace(partial, path)
+            whole = {name: x.detach().cpu().contiguous().clone() for name, x in kept.items()}
+            with replaced(path) as partial:
+                save_file(whole, partial, {"emformer": json.dumps(meta)})
         except (OSError, SafetensorError) as error:
             raise UserError(f"cannot write the trajectory {path}: {error}.") from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path, model: Emformer | None = None) -> Trajectory:
@@ -292,11 +288,24 @@ def capture(model: Emformer, tokens: Tokens, labels: Tensor | None = None, group
     return found
 
 
-def captures(model: Emformer, tokens: Tokens, labels: Tensor | None = None, chunk: int = 64) -> Iterator[Trajectory]:
-    """`capture`, `chunk` prompts at a time: the memory of one chunk, whatever the number of prompts."""
-    for start in range(0, len(tokens), chunk):
-        some = slice(start, start + chunk)
-        yield capture(model, tokens[some], None if labels is None else labels[some])
+def captures(
+    model: Emformer,
+    tokens: Tokens,
+    labels: Tensor | None = None,
+    groups: Tensor | None = None,
+    *,
+    chunk: int = 64,
+    cuts: Sequence[int] = (),
+) -> Iterator[Trajectory]:
+    """`capture`, at most `chunk` prompts at a time: the memory of one chunk, whatever the number of prompts. No trajectory goes
+    across `cuts`, numbers of prompts after which someone has seen enough."""
+    start = 0
+    for end in sorted({*cuts, len(tokens)}):
+        while start < end:
+            some = slice(start, min(start + chunk, end))
+            marks, together = (None if x is None else x[some] for x in (labels, groups))
+            yield capture(model, tokens[some], marks, together)
+            start = some.stop
 
 
 @contextmanager

@@ -18,6 +18,7 @@ FLOORS: Mapping[str, int] = {
     "settings": 0,
     "configuration": 0,
     "memory": 0,
+    "files": 0,
     "text": 0,
     "geometry": 0,
     "operators": 1,

@@ -30,7 +30,7 @@ from emformer.figures.style import (
 )
 
 DIMENSION = "geo.id_twonn"
-CLOUDS = {"raw": "raw stream", "read": "read by the next sublayer"}
+CLOUDS = {"raw": "raw stream", "read": "read cloud"}
 COUNTS = {"attn": "breath.counts_attn", "ffn": "breath.counts_mlp"}
 UP: dict[str, Any] = {"marker": "^", "color": VERMILION}
 DOWN: dict[str, Any] = {"marker": "v", "color": BLUE}

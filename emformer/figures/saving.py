@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from emformer.figures.style import STYLE
+from emformer.files import replaced
 
 # what the writers would add of their own: times and versions, which make equal figures differ
 METADATA: dict[str, dict[str, None]] = {
@@ -31,10 +31,6 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix not in METADATA:
         raise ValueError(f"cannot save a figure as '{path.name}': the name must end in {', '.join(METADATA)}")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replaced(path) as partial:
         figure.savefig(partial, format=path.suffix[1:], dpi=figure.dpi, metadata=METADATA[path.suffix])
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path

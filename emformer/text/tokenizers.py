@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # read at import: its 
 import tokenizers as hf
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from emformer.files import replaced
 from emformer.parts import Tokenizer, UserError, plain
 from emformer.text.hub import offline, reachable
 
@@ -139,13 +140,8 @@ def load(path: str | Path) -> hf.Tokenizer:
 
 def save(tokenizer: hf.Tokenizer, path: str | Path) -> None:
     """Write the tokenizer's JSON. A reader sees the old file or the new one, never a part."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(Path(path)) as partial:
         partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def vocabulary(tokenizer: hf.Tokenizer) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import signal
 import sys
 import time
@@ -16,6 +15,7 @@ from lightning_fabric.plugins.io.checkpoint_io import CheckpointIO
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from emformer.files import replaced
 from emformer.parts import UserError
 from emformer.records import Run, disk_error, read_checkpoint
 from emformer.settings import Training
@@ -33,19 +33,13 @@ class AtomicFiles(CheckpointIO):
                     f"the weights are not finite after step {checkpoint['global_step']}: they are not saved, and the last "
                     "checkpoint is good; try a smaller learning rate."
                 )
-        partial = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(partial, "wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            with replaced(path) as partial:
+                torch.save(checkpoint, partial)
         except (OSError, RuntimeError) as error:  # torch turns some failed writes into RuntimeError
             cause = error if isinstance(error, OSError) else error.__context__
             raise disk_error(cause if isinstance(cause, OSError) else OSError(str(error)), path) from error
-        finally:
-            partial.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))

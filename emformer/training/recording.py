@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -30,10 +30,9 @@ from emformer.records import Run
 from emformer.text import Prompts, shuffled
 from emformer.training.cadences import LogSpaced
 from emformer.training.learner import Learner
-from emformer.trajectory import ClosureError, capture
+from emformer.trajectory import ClosureError, captures
 
 EIGHT = LogSpaced(8)
-CHUNK = 64  # prompts that go through the model at once: their states, reads, updates and patterns are held together
 
 
 def _check(name: str, prompts: int | None) -> None:
@@ -46,7 +45,7 @@ class FlowCallback(parts.Callback):
     """How far and where the cloud moves: speed, turning, tortuosity, interference, radial share, transport distances.
 
     Args:
-        cadence: when; the last step is always recorded.
+        cadence: when.
         prompts: of the probe that are looked at, all their tokens.
     """
 
@@ -56,11 +55,10 @@ class FlowCallback(parts.Callback):
     def __post_init__(self) -> None:
         _check("FlowCallback", self.prompts)
 
-    def due(self, step: int, max_steps: int) -> bool:
-        return step == max_steps or self.cadence.due(step, max_steps)
-
-    def looks(self, final: bool) -> Sequence[Look]:
-        costly = [Bures(), Transport(skip=1)] if final else []
+    def looks(self, step: int, max_steps: int) -> Sequence[Look]:
+        if not self.cadence.due(step, max_steps):
+            return []
+        costly = [Bures(), Transport(skip=1)] if step == max_steps else []
         return [Look([Flow(), Transport(), *costly], self.prompts)]
 
 
@@ -71,7 +69,7 @@ class ClusteringCallback(parts.Callback):
     HDBSCAN and the scan over k cost more and have their turn after the last step.
 
     Args:
-        cadence: when; the last step is always recorded.
+        cadence: when.
         prompts: of the probe that are looked at; one cloud of 512 of their tokens is clustered.
     """
 
@@ -81,11 +79,10 @@ class ClusteringCallback(parts.Callback):
     def __post_init__(self) -> None:
         _check("ClusteringCallback", self.prompts)
 
-    def due(self, step: int, max_steps: int) -> bool:
-        return step == max_steps or self.cadence.due(step, max_steps)
-
-    def looks(self, final: bool) -> Sequence[Look]:
-        costly = [Density(), Scan()] if final else []
+    def looks(self, step: int, max_steps: int) -> Sequence[Look]:
+        if not self.cadence.due(step, max_steps):
+            return []
+        costly = [Density(), Scan()] if step == max_steps else []
         return [Look([Clustering(), *costly], self.prompts)]
 
 
@@ -98,7 +95,7 @@ class BreathingCallback(parts.Callback):
     random updates of the same norm, and the same prompts with their tokens shuffled.
 
     Args:
-        cadence: when; step 0 and the last are always recorded.
+        cadence: when; step 0 is always recorded.
         prompts: of the probe, each giving its last token; at least 1,000 for an estimate of use.
     """
 
@@ -108,11 +105,10 @@ class BreathingCallback(parts.Callback):
     def __post_init__(self) -> None:
         _check("BreathingCallback", self.prompts)
 
-    def due(self, step: int, max_steps: int) -> bool:
-        return step in (0, max_steps) or self.cadence.due(step, max_steps)
-
-    def looks(self, final: bool) -> Sequence[Look]:
-        if not final:
+    def looks(self, step: int, max_steps: int) -> Sequence[Look]:
+        if step and not self.cadence.due(step, max_steps):
+            return []
+        if step < max_steps:
             return [Look([Breathing()], self.prompts)]
         return [Look([Breathing(), Controls()], self.prompts), Look([Breathing()], self.prompts, "shuffled")]
 
@@ -141,15 +137,12 @@ class ObservableCallback(parts.Callback):
     def examples(cls) -> Sequence[ObservableCallback]:
         return [cls([Flow()]), cls([Clustering(), Transport()], prompts=None, order="shuffled")]
 
-    def due(self, step: int, max_steps: int) -> bool:
-        return self.cadence.due(step, max_steps)
-
-    def looks(self, final: bool) -> Sequence[Look]:
-        return [Look(self.observables, self.prompts, self.order)]
+    def looks(self, step: int, max_steps: int) -> Sequence[Look]:
+        return [Look(self.observables, self.prompts, self.order)] if self.cadence.due(step, max_steps) else []
 
 
 def record(
-    model: Emformer, prompts: Prompts, looks: Sequence[Look], seed: int = 0, chunk: int = CHUNK
+    model: Emformer, prompts: Prompts, looks: Sequence[Look], seed: int = 0, chunk: int = 64
 ) -> tuple[list[Row], list[str]]:
     """(rows, sentences about what was skipped) of the model on the probe: one pass for all looks at the text, one for all at
     shuffled prompts. Nothing of the model or of any global generator is changed.
@@ -170,24 +163,15 @@ def record(
         if order == "shuffled":
             tokens = shuffled(tokens, seed)
             labels = None if labels is None else np.stack([shuffled(column, seed) for column in labels])
-        for some in _chunks([look.prompts for look in here], len(tokens), chunk):
-            marks = None if labels is None else _to(labels[0, some], device)
-            groups = torch.from_numpy(prompts.groups[some])
-            once.update(capture(model, _to(tokens[some], device), marks, groups))
+        enough = [len(tokens) if look.prompts is None else min(look.prompts, len(tokens)) for look in here]
+        most = slice(max(enough))
+        marks = None if labels is None else _to(labels[0, most], device)
+        groups = torch.from_numpy(prompts.groups[most])
+        for trajectory in captures(model, _to(tokens[most], device), marks, groups, chunk=chunk, cuts=enough):
+            once.update(trajectory)
         rows += once.rows()
         skipped += [sentence for sentence in once.skipped if sentence not in skipped]
     return rows, skipped
-
-
-def _chunks(wanted: Sequence[int | None], available: int, chunk: int) -> Iterator[slice]:
-    """Slices of at most `chunk` prompts up to the most that anyone wants, cut where someone has enough."""
-    ends = sorted({available if count is None else min(count, available) for count in wanted})
-    start = 0
-    for end in ends:
-        while start < end:
-            stop = min(start + chunk, end)
-            yield slice(start, stop)
-            start = stop
 
 
 def _to(ids: np.ndarray, device: torch.device) -> Tensor:
@@ -250,12 +234,10 @@ class Recording(pl.Callback):
             self.seconds += time.perf_counter() - begin
 
     def _record(self, trainer: pl.Trainer, model: Emformer, step: int) -> None:
-        due = [one for one in self.callbacks if one.due(step, self.max_steps)]
-        if not due or self._recordings is None:
+        looks = [look for one in self.callbacks for look in one.looks(step, self.max_steps)]
+        if not looks or self._recordings is None:
             return
         begin = time.perf_counter()
-        final = step == self.max_steps
-        looks = [look for one in due for look in one.looks(final)]
         try:
             rows, skipped = record(model, self.prompts, looks)
         except ClosureError as error:
@@ -270,7 +252,7 @@ class Recording(pl.Callback):
         scalars = named(rows) if mirrors else {}
         for logger in mirrors:
             logger.log_metrics(scalars, step=step)
-        if final or (self.drawn is not None and self.drawn.due(step, self.max_steps)):
+        if step == self.max_steps or (self.drawn is not None and self.drawn.due(step, self.max_steps)):
             self._draw(mirrors, step)
         self.seconds += time.perf_counter() - begin
 

@@ -60,13 +60,13 @@ def _record(alternating: Timing, rounds: int, looks: list[Look], prompts: Prompt
 
 def flow_record(alternating: Timing, rounds: int) -> dict:
     """flow + clustering record, 64 x 64, 4 layers / forward pass of the same      goal: first <= 0.5 s"""
-    looks = [look for one in (FlowCallback(), ClusteringCallback()) for look in one.looks(False)]
+    looks = [look for one in (FlowCallback(), ClusteringCallback()) for look in one.looks(0, 1)]
     return _record(alternating, rounds, looks, _prompts(64), 0.5)
 
 
 def breathing_record(alternating: Timing, rounds: int) -> dict:
     """breathing record, 1,000 x 64, its forward pass included / forward alone       goal: first <= 5 s"""
-    return _record(alternating, rounds, list(BreathingCallback(prompts=1000).looks(False)), _prompts(1000), 5.0)
+    return _record(alternating, rounds, list(BreathingCallback(prompts=1000).looks(0, 1)), _prompts(1000), 5.0)
 
 
 def dimension(alternating: Timing, rounds: int) -> dict:

@@ -18,24 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from emformer import figures
+from emformer.observables import COLUMNS
 from emformer.observables.frame import conform
 
-COLUMNS = [
-    "step",
-    "layer",
-    "point",
-    "head",
-    "key",
-    "cloud",
-    "param",
-    "mean",
-    "sd",
-    "se",
-    "n_valid",
-    "n_dropped",
-    "null",
-    "null_sd",
-]
 STEPS = (0, 1, 5, 20, 80, 300)
 # what each figure is made of, one panel a line; without all of them there is no figure
 PANELS = {

@@ -18,6 +18,7 @@ from builders import model, words
 from PIL import Image
 from small import same, settings, text
 
+from emformer import trajectory
 from emformer.ffn import GELU
 from emformer.observables import Row
 from emformer.observables.flow import Flow
@@ -96,7 +97,7 @@ def test_rows_are_whole_and_equal_those_of_the_checkpoint_recorded_again(done: P
     from emformer.training.fit import recorder
 
     whole = recorder(loaded.config, Run(done), read_text(loaded.config.data))
-    rows, skipped = record(loaded.model, whole.prompts, [look for one in ALL for look in one.looks(True)])
+    rows, skipped = record(loaded.model, whole.prompts, [look for one in ALL for look in one.looks(12, 12)])
     assert skipped == []
     written = [row for row in read_journal(Run(done).records) if row["step"] == 12]
     assert [{"step": 12} | row._asdict() for row in rows] == written
@@ -104,18 +105,18 @@ def test_rows_are_whole_and_equal_those_of_the_checkpoint_recorded_again(done: P
 
 def test_what_belongs_to_one_step_goes_through_the_model_once(monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
-    honest = recording.capture
+    honest = trajectory.capture
 
     def counted(net: torch.nn.Module, tokens: torch.Tensor, *rest: Any) -> Any:
         seen.append(len(tokens))
         return honest(net, tokens, *rest)
 
-    monkeypatch.setattr(recording, "capture", counted)
+    monkeypatch.setattr(trajectory, "capture", counted)
     net, prompts = model(ffn=GELU()), some(30)
     looks = [
         look
         for one in (FlowCallback(prompts=6), ClusteringCallback(prompts=10), BreathingCallback(prompts=25))
-        for look in one.looks(False)
+        for look in one.looks(0, 1)
     ]
     record(net, prompts, looks, chunk=8)
     assert seen == [6, 4, 8, 7], "no prompt twice, and as many as the one who wants most"
@@ -126,7 +127,7 @@ def test_what_belongs_to_one_step_goes_through_the_model_once(monkeypatch: pytes
 
 def test_shuffled_prompts_are_a_pass_of_their_own_and_say_so():
     net, prompts = model(ffn=GELU()), some(20)
-    text, shuffled = (ObservableCallback([Flow()], prompts=None, order=order).looks(False) for order in ("text", "shuffled"))
+    text, shuffled = (ObservableCallback([Flow()], prompts=None, order=order).looks(0, 1) for order in ("text", "shuffled"))
     rows, _ = record(net, prompts, [*text, *shuffled])
     half = len(rows) // 2
     for a, b in zip(rows[:half], rows[half:], strict=True):
@@ -275,6 +276,6 @@ def test_weights_that_are_not_finite_stop_the_run_in_one_sentence(tmp_path: Path
 def test_recording_touches_no_global_generator():
     net, prompts = model(ffn=GELU(), dropout=0.5).train(), some(20)
     states = torch.get_rng_state(), np.random.get_state()[1].copy()
-    record(net, prompts, [look for one in ALL for look in one.looks(True)])
+    record(net, prompts, [look for one in ALL for look in one.looks(12, 12)])
     assert torch.equal(torch.get_rng_state(), states[0]) and (np.random.get_state()[1] == states[1]).all()
     assert net.training

@@ -235,8 +235,8 @@ def test_a_parquet_that_cannot_be_written_leaves_the_old(tmp_path: Path, monkeyp
     write_parquet(run)
     old = Run(run).parquet.read_bytes()
 
-    def full(self: pd.DataFrame, file, **_) -> None:
-        file.write(b"half")
+    def full(self: pd.DataFrame, path: Path, **_) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(pd.DataFrame, "to_parquet", full)
