@@ -162,10 +162,10 @@ class Attention(nn.Module):
         cloud = y if memory is None else memory.append(y)[0]
         keys = cloud.unsqueeze(1)
         if self.form.identity_right:
-            u, v = self._place(self._queries(y), self._keys(cloud), i, torch.arange(keys.shape[-2], device=i.device))
+            u, v = self.place(self.queries(y), self.keys(cloud), i, torch.arange(keys.shape[-2], device=i.device))
         else:
-            u, v = self._queries(y), keys
-            u = self.form.pull(self._place(u, u, i, i)[0])  # no position acts on keys here: any will do
+            u, v = self.queries(y), keys
+            u = self.form.pull(self.place(u, u, i, i)[0])  # no position acts on keys here: any will do
         mean, mass = self._mix(u, v, keys, self._visible(i, keys.shape[-2]))
         return self._whole(self.content.project(mean), mass)
 
@@ -197,7 +197,7 @@ class Attention(nn.Module):
 
     def factors(self, y: Cloud, i: Index) -> tuple[Queries, Keys]:
         """(u, v) with s_ij = u_i . v_j: biases added and positions applied."""
-        return self._place(self._queries(y), self._keys(y), i, i)
+        return self.place(self.queries(y), self.keys(y), i, i)
 
     def weights(self, y: Cloud, i: Index) -> Weights:
         """The attention pattern a (B, H, T, T) of the read cloud y: the reference, memory B H T^2, differentiable."""
@@ -224,15 +224,18 @@ class Attention(nn.Module):
         mean = self.kernel(gradients, keys, keys, self._visible(i, keys.shape[-2]))
         return functional.linear(mean.transpose(1, 2).flatten(2), content, self.drift)
 
-    def _queries(self, y: Cloud) -> Queries:
+    def queries(self, y: Cloud) -> Queries:
+        """u (B, H, T, r) of the read cloud y, with its bias, before any position acts."""
         u = self.form.left(y)
         return u if self.biases is None else u + self.biases.left.unsqueeze(1)
 
-    def _keys(self, y: Cloud) -> Keys:
+    def keys(self, y: Cloud) -> Keys:
+        """v (B, G, T, r), with its bias, before any position acts."""
         v = self.form.right(y)
         return v if self.biases is None or self.biases.right is None else v + self.biases.right.unsqueeze(1)
 
-    def _place(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
+    def place(self, u: Queries, v: Keys, i: Index, j: KeyIndex) -> tuple[Queries, Keys]:
+        """(u, v) after every position, queries standing at i and keys at j."""
         for position in self.positions:
             u, v = position(u, v, i, j)
         return u, v

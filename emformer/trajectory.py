@@ -18,6 +18,7 @@ from emformer.files import replaced
 from emformer.kernels.base import scores
 from emformer.masks import visible
 from emformer.model import Emformer
+from emformer.norms import Norm
 from emformer.parts import UserError
 from emformer.types import Cloud, HeadClouds, Table, Tokens, Weights
 
@@ -165,6 +166,16 @@ class Trajectory:
             step = self.steps[k]
             self._patterns[k] = self.block(k).attention.weights(step.read, self._index(step))
         return self._patterns[k]
+
+    @torch.no_grad()
+    def fold(self, k: int) -> tuple[Tensor | None, Tensor | None]:
+        """(A, b) with y = A yhat + b: what step k reads, of the bare normed cloud yhat (math A.6), in the clouds' type. None for
+        what is not there: A without a norm, b without a bias. A linear functional w of y is A^T w on yhat."""
+        step, norm = self.steps[k], self.block(k).read_attn
+        if not isinstance(norm, Norm):
+            return None, None
+        a, b = norm.affine(step.read.shape[-1])
+        return a.to(step.read), None if norm.bias is None else b.to(step.read)
 
     def visible(self, k: int) -> Table:
         """(T, T), true where the query i may look at the key j in step k."""

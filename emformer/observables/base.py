@@ -82,13 +82,52 @@ class Place(NamedTuple):
     param: str | None = None
 
 
-class _Sum:
-    __slots__ = ("dropped", "mean", "n", "null", "square", "undefined", "values")
+def estimate(
+    at: tuple[int | None, str | None],
+    key: str,
+    value: float,
+    n_valid: int,
+    n_dropped: int = 0,
+    *,
+    error: float = math.nan,
+    null: float = math.nan,
+    null_sd: float = math.nan,
+    head: int | None = None,
+    cloud: str = "raw",
+    param: str | None = None,
+) -> Row:
+    """The row of one number from many points: it has an error, and no spread between prompts. nan is undefined."""
+    mean, se, expected, spread = (None if math.isnan(number) else number for number in (value, error, null, null_sd))
+    return Row(*at, key, mean, None, se, n_valid, n_dropped, expected, spread, head, cloud, param)
+
+
+class _Mean:
+    """A running mean of what is defined."""
+
+    __slots__ = ("n", "value")
 
     def __init__(self) -> None:
-        self.n = self.dropped = self.values = self.undefined = 0
-        self.mean = self.square = 0.0
-        self.null: tuple[float | None, float | None] = None, None
+        self.n, self.value = 0, 0.0
+
+    def add(self, count: int, mean: float) -> None:
+        if count:
+            self.n += count
+            self.value += (mean - self.value) * (count / self.n)
+
+    def told(self) -> float | None:
+        return self.value if self.n else None
+
+
+class _Sum:
+    __slots__ = ("dropped", "mean", "null", "null_sd", "square", "undefined", "values")
+
+    def __init__(self) -> None:
+        self.dropped = self.values = self.undefined = 0
+        self.square = 0.0
+        self.mean, self.null, self.null_sd = _Mean(), _Mean(), _Mean()
+
+
+Null = float | Tensor | None
 
 
 class Moments:
@@ -110,62 +149,91 @@ class Moments:
         heads: bool = False,
         cloud: str = "raw",
         param: str | None = None,
-        null: float | None = None,
-        null_sd: float | None = None,
+        null: Null = None,
+        null_sd: Null = None,
     ) -> None:
         """Take in values (B,), (B, T), with `heads` (B, H) or (B, H, T): one a prompt, or one a token of it.
 
         A prompt's value is the mean over its tokens that have one; the share of tokens without is told in a row of its own,
         `<key>.undefined`, if there are any. `null`, `null_sd`: expectation and standard deviation of a prompt's value under the
-        null.
+        null, one number or a tensor that broadcasts to the values, of which the mean is told.
         """
-        values = values.detach().double().cpu() if values.device.type != "mps" else values.detach().cpu().double()
         tokens = values.ndim == (3 if heads else 2)
-        known = ~values.isnan()
-        if tokens:
-            counts, total = known.sum(-1), values.shape[-1]
-            values = values.nan_to_num(0.0, math.inf, -math.inf).where(known, 0.0).sum(-1) / counts  # 0/0 is nan
-            lost = total * torch.ones_like(counts) - counts
-            known = counts > 0
-        else:
-            total, lost = 1, torch.zeros_like(known, dtype=torch.long)
-        if not heads:
-            values, known, lost = values.unsqueeze(1), known.unsqueeze(1), lost.unsqueeze(1)
+        own = _columns(values, tokens, heads)
+        known = ~own.isnan()
         n = known.sum(0)
-        zeroed = values.where(known, 0.0)
-        mean = zeroed.sum(0) / n
-        square = (zeroed - mean).where(known, 0.0).square().sum(0)
-        columns = zip(n.tolist(), mean.tolist(), square.tolist(), lost.sum(0).tolist(), strict=True)
-        for head, (count, middle, spread, undefined) in enumerate(columns):
-            place = Place(layer, point, key, head if heads else None, cloud, param)
-            one = self._sums.setdefault(place, _Sum())
-            one.dropped += len(values) - count
-            one.values += len(values) * total
+        mean = own.where(known, 0.0).sum(0) / n
+        square = (own - mean).where(known, 0.0).square().sum(0)
+        lost = values.isnan().sum(-1) if tokens else torch.zeros(values.shape, dtype=torch.long)
+        lost = lost.sum(0) if heads else lost.sum(0, keepdim=True)
+        for head, (count, middle, deviation, undefined) in enumerate(
+            zip(*(x.tolist() for x in (n, mean, square, lost)), strict=True)
+        ):
+            one = self._sums.setdefault(Place(layer, point, key, head if heads else None, cloud, param), _Sum())
+            one.dropped += len(own) - count
+            one.values += len(own) * (values.shape[-1] if tokens else 1)
             one.undefined += undefined
-            one.null = null, null_sd
             if count:
-                both, shift = one.n + count, middle - one.mean
-                one.square += spread + shift * shift * one.n * count / both
-                one.mean += shift * count / both
-                one.n = both
+                shift, before = middle - one.mean.value, one.mean.n
+                one.mean.add(count, middle)
+                one.square += deviation + shift * shift * before * count / one.mean.n
+            for kept, given in ((one.null, null), (one.null_sd, null_sd)):
+                if isinstance(given, Tensor):
+                    column = _columns(given.broadcast_to(values.shape), tokens, heads)[:, head]
+                    kept.add(int((~column.isnan()).sum()), float(column.nanmean()))
+                elif given is not None and not math.isnan(given):
+                    kept.add(len(own), given)
+
+    def by_head(
+        self,
+        values: Tensor,
+        layer: int | None,
+        point: str | None,
+        key: str,
+        *,
+        mean: Tensor | None = None,
+        cloud: str = "raw",
+        param: str | None = None,
+        null: Null = None,
+        null_sd: Null = None,
+        mean_null_sd: Null = None,
+    ) -> None:
+        """`add` of every head's values (B, H) or (B, H, T), and of their mean over heads, or of `mean` in its place.
+
+        Args:
+            null: of the heads; its mean over them is that of the mean.
+            null_sd: of the heads. mean_null_sd: of the mean, which depends on how independent heads are.
+        """
+        self.add(values, layer, point, key, heads=True, cloud=cloud, param=param, null=null, null_sd=null_sd)
+        mean = values.nanmean(1) if mean is None else mean
+        whole = null.broadcast_to(values.shape).nanmean(1) if isinstance(null, Tensor) else null
+        self.add(mean, layer, point, key, cloud=cloud, param=param, null=whole, null_sd=mean_null_sd)
 
     def rows(self) -> list[Row]:
         """One row a statistic, in the order of their first values; sd is the unbiased one, undefined for one prompt."""
         found = []
         for place, one in self._sums.items():
-            sd = math.sqrt(one.square / (one.n - 1)) if one.n > 1 else None
-            se = None if sd is None else sd / math.sqrt(one.n)
-            mean = one.mean if one.n else None
-            row = Row(place.layer, place.point, place.key, mean, sd, se, one.n, one.dropped, *one.null, *place[3:])
-            found.append(row)
+            n = one.mean.n
+            sd = math.sqrt(one.square / (n - 1)) if n > 1 else None
+            se = None if sd is None else sd / math.sqrt(n)
+            where = place.layer, place.point
+            nulls = one.null.told(), one.null_sd.told()
+            found.append(Row(*where, place.key, one.mean.value if n else None, sd, se, n, one.dropped, *nulls, *place[3:]))
             if one.undefined:
-                share = one.undefined / one.values
+                share, key = one.undefined / one.values, f"{place.key}.undefined"
                 found.append(
-                    Row(*place[:2], f"{place.key}.undefined", share, n_valid=one.n + one.dropped)._replace(
-                        head=place.head, cloud=place.cloud, param=place.param
-                    )
+                    Row(*where, key, share, n_valid=n + one.dropped, head=place.head, cloud=place.cloud, param=place.param)
                 )
         return found
+
+
+def _columns(values: Tensor, tokens: bool, heads: bool) -> Tensor:
+    """(B, H), or (B, 1), in float64 on the CPU: the mean over the tokens that have a value; nan where none has."""
+    values = values.detach().cpu().double()
+    if tokens:
+        known = ~values.isnan()
+        values = values.nan_to_num(0.0, math.inf, -math.inf).where(known, 0.0).sum(-1) / known.sum(-1)
+    return values if heads else values.unsqueeze(1)
 
 
 class Reservoir:

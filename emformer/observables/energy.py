@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -15,7 +14,6 @@ from emformer.geometry import energy
 from emformer.geometry.sinks import uniform
 from emformer.geometry.spectra import wide
 from emformer.kernels import Kernel
-from emformer.norms import Norm
 from emformer.observables.base import Moments, Observation, Row
 from emformer.trajectory import Trajectory
 
@@ -39,7 +37,8 @@ class Energy(parts.Observable):
         "attn.support": "e^H(a)/n, the share of its keys that a query looks at, n >= 2; (0, 1]; null 1 (uniform)",
         "attn.top_gap": "log(a_1/a_2) of the two best keys; nats; >= 0; 0 for a tie",
         "attn.reaction_ratio": "|rho|/|p|, push of the keys over pull of the query; >= 0; about 1 to 1.1 untrained",
-        "attn.cos_action": "cos(v, p) of the update and the query's pull; [-1, 1]; null 0 (content of independent entries)",
+        "attn.cos_action": "cos(v, p) of the update and the query's pull; [-1, 1]; null 0 (F of independent entries, shared by "
+        "prompts)",
         "attn.cos_force": "cos(v, p + rho), against the descent of the whole free energy; [-1, 1]; null 0",
         "attn.cos_reaction": "cos(p, rho); [-1, 1]; 1 for a symmetric relevance",
     }
@@ -51,8 +50,7 @@ class Energy(parts.Observable):
 
 class _Energy(Observation):
     def __init__(self) -> None:
-        self._moments, self._bounds = Moments(), Moments()
-        self._chances: dict[tuple[int | None, str | None, str], _Chance] = {}
+        self._moments = Moments()
 
     @torch.no_grad()
     def update(self, trajectory: Trajectory) -> None:
@@ -61,14 +59,11 @@ class _Energy(Observation):
             pull = forces(trajectory, k)
             moved = pull.velocity.norm(dim=-1)
             for (key, param), values in queries(trajectory, k).items():
-                null = None if key in ("attn.free_energy0", "attn.top_gap") else 1.0
-                self._moments.add(values, *at, key, heads=True, param=param, null=null)
-                mean = _weighted(values, moved) if key == "attn.range_norm" else values.nanmean(1)
-                self._moments.add(mean, *at, key, param=param, null=null)
+                null: Tensor | float | None = None if key == "attn.top_gap" else 1.0
                 if key == "attn.free_energy0":
-                    bound = bounds(trajectory, k)
-                    self._bounds.add(bound, *at, key, heads=True)
-                    self._bounds.add(bound.mean(1), *at, key)
+                    null = bounds(trajectory, k)
+                mean = _weighted(values, moved) if key == "attn.range_norm" else None
+                self._moments.by_head(values, *at, key, mean=mean, param=param, null=null)
             if not trajectory.block(k).attention.kernel.reads_factors:
                 self._forces(at, pull)
 
@@ -76,35 +71,18 @@ class _Energy(Observation):
         v, p, rho = pull.velocity, pull.action, pull.reaction
         whole = p + rho
         vv, pp, rr, ww = (_inner(force, force) for force in (v, p, rho, whole))
-        found = {
-            "attn.reaction_ratio": (rr / pp.where(pp > 0, torch.nan)).sqrt(),
-            "attn.cos_action": _cosine(_inner(v, p), vv, pp),
-            "attn.cos_force": _cosine(_inner(v, whole), vv, ww),
-            "attn.cos_reaction": _cosine(_inner(p, rho), pp, rr),
-        }
-        for key, values in found.items():
-            self._moments.add(values, *at, key, heads=True)
-            self._moments.add(values.nanmean(1), *at, key)
-        query, keyed = (pull.query, pull.left), (pull.key, pull.right)
-        for key, square, factors in (("attn.cos_action", pp, [query]), ("attn.cos_force", ww, [query, keyed])):
-            self._chances.setdefault((*at, key), _Chance()).add(pull.mean, square, factors)
+        ratio = (rr / pp.where(pp > 0, torch.nan)).sqrt()
+        self._moments.by_head(ratio, *at, "attn.reaction_ratio")
+        self._moments.by_head(_cosine(_inner(p, rho), pp, rr), *at, "attn.cos_reaction")
+        for key, force, square in (("attn.cos_action", p, pp), ("attn.cos_force", whole, ww)):
+            chance = _chance(pull.mean, force, square)
+            # contents of different heads are independent
+            together = chance.square().nansum(1).sqrt() / (~chance.isnan()).sum(1)
+            cosine = _cosine(_inner(v, force), vv, square)
+            self._moments.by_head(cosine, *at, key, null=0.0, null_sd=chance, mean_null_sd=together)
 
     def rows(self) -> list[Row]:
-        bounds = {(row.layer, row.point, row.key, row.head): row.mean for row in self._bounds.rows()}
-        spreads: dict[tuple[int | None, str | None, str, int | None], float] = {}
-        for place, chance in self._chances.items():
-            each = chance.sd().tolist()
-            spreads |= {(*place, head): sd for head, sd in enumerate(each)}
-            spreads[*place, None] = math.hypot(*each) / len(each)  # contents of different heads are independent
-        found = []
-        for row in self._moments.rows():
-            place = row.layer, row.point, row.key, row.head
-            if place in bounds:
-                row = row._replace(null=bounds[place])
-            elif place in spreads and row.n_valid:
-                row = row._replace(null=0.0, null_sd=spreads[place])
-            found.append(row)
-        return found
+        return self._moments.rows()
 
 
 def temperature(kernel: Kernel) -> float | None:
@@ -175,23 +153,13 @@ def forces(trajectory: Trajectory, k: int) -> Pull:
     H N d (N + 3 r) and 2 N^2 r.
     """
     attention, step = trajectory.block(k).attention, trajectory.steps[k]
-    form, content, biases, y, a = attention.form, attention.content, attention.biases, step.read, trajectory.pattern(k)
-    fold, shift = _fold(trajectory.block(k).read_attn, y)
+    form, content, y, a = attention.form, attention.content, step.read, trajectory.pattern(k)
+    fold, shift = trajectory.fold(k)
     bare = y if shift is None else y - shift
     share = form.heads // form.groups
     i = torch.arange(y.shape[1], device=y.device)
 
-    u, v = form.left(y), form.right(y)
-    if biases is not None:
-        u = u + biases.left.unsqueeze(1)
-        v = v if biases.right is None else v + biases.right.unsqueeze(1)
-
-    def place(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        for position in attention.positions:
-            u, v = position(u, v, i, i)
-        return u, v
-
-    after, pull = torch.func.vjp(place, u, v)[:2]
+    after, pull = torch.func.vjp(lambda u, v: attention.place(u, v, i, i), attention.queries(y), attention.keys(y))[:2]
     placed, keys = after
     if attention.kernel.row_invariant and not any(position.acts_on_keys for position in attention.positions):
         keys = form.right(bare)
@@ -212,43 +180,15 @@ def forces(trajectory: Trajectory, k: int) -> Pull:
     return Pull(velocity, mean, query, key, left, right.repeat_interleave(share, 0))
 
 
-def _fold(norm: object, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(A, b) of the norm that the read cloud came through; None where there is nothing to fold."""
-    if not isinstance(norm, Norm):
-        return None, None
-    a, b = norm.affine(y.shape[-1])
-    return a.to(y), b.to(y) if b.any() else None
+def _chance(mean: Tensor, force: Tensor, square: Tensor) -> Tensor:
+    """The standard deviation (B, H) of cos(F m, w) of a prompt, if the entries of F were independent: |W^T M|_F/(|W| |M| sqrt d).
 
-
-class _Chance:
-    """The standard deviation of the mean over prompts of cos(F m, w), if the entries of F were independent.
-
-    Prompts share their F, so that it does not fall with their number as it would for independent ones: for d large it is
-    |mean_b W_b^T M_b|_F/sqrt(d), W_b and M_b (T, d) of Frobenius norm 1. Of one prompt with w = M m and isotropic M that is
-    1/sqrt(d PR), PR the participation ratio of the uncentred m (math 0.1).
+    m and w (B, H, T, d), `square` |w|^2. With w = M m and isotropic M that is 1/sqrt(d PR), PR the participation ratio of the
+    uncentred m (math 0.1). Prompts share their F: of their mean it falls more slowly than with their number.
     """
-
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-        self._rows: list[Tensor] = []
-        self._count: Tensor | float = 0.0
-
-    def add(self, mean: Tensor, square: Tensor, factors: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """m (B, H, T, d), |w|^2 (B, H), and w as a sum of coefficients (B, H, T, r), narrower, times rows (H, r, d)."""
-        scale = (_inner(mean, mean) * square).sqrt()
-        known = scale > 0
-        weight = (1 / scale).where(known, 0.0).to(mean)[:, :, None, None]
-        tokens = mean.transpose(0, 1).flatten(1, 2)
-        sums = [wide((weight * some).transpose(0, 1).flatten(1, 2).mT @ tokens) for some, _ in factors]
-        self._sums = [old + new for old, new in zip(self._sums, sums, strict=True)] if self._sums else sums
-        self._rows = [wide(rows) for _, rows in factors]
-        self._count = self._count + known.sum(0)
-
-    def sd(self) -> Tensor:
-        """(H,); nan of no prompt."""
-        whole = sum(rows.mT @ sums for rows, sums in zip(self._rows, self._sums, strict=True))
-        assert isinstance(whole, Tensor)
-        return torch.linalg.matrix_norm(whole) / (self._count * math.sqrt(whole.shape[-1]))
+    size = (_inner(mean, mean) * square).sqrt()
+    overlap = wide(((mean @ mean.mT) * (force @ force.mT)).sum((-2, -1))).clamp(min=0)
+    return (overlap / mean.shape[-1]).sqrt() / size.where(size > 0, torch.nan)
 
 
 def _inner(p: Tensor, q: Tensor) -> Tensor:

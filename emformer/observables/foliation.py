@@ -13,7 +13,6 @@ from torch import Tensor
 from emformer import parts
 from emformer.geometry import leaves, sinks
 from emformer.geometry.spectra import wide
-from emformer.norms import Norm
 from emformer.observables.base import Moments, Observation, Row
 from emformer.parts import UserError
 from emformer.trajectory import Trajectory
@@ -68,61 +67,51 @@ class Foliation(parts.Observable):
 class _Foliation(Observation):
     def __init__(self, offsets: Sequence[int]):
         self._offsets, self._moments = offsets, Moments()
-        self._sds: dict[tuple[int | None, str | None, str, int | None], float] = {}
 
     @torch.no_grad()
     def update(self, trajectory: Trajectory) -> None:
         for k in trajectory.attentions:
             at = trajectory.steps[k].layer, trajectory.steps[k].point
             for key, values in queries(trajectory, k).items():
-                self._add(values, at, key, null=1.0 if key == "fol.multiplicity" else None)
+                self._moments.by_head(values, *at, key, null=1.0 if key == "fol.multiplicity" else None)
             field = gradients(trajectory, k)
             if field is not None:
                 self._gradients(trajectory, k, at, field)
 
     def _gradients(self, trajectory: Trajectory, k: int, at: tuple[int, str], field: Gradients) -> None:
-        core = field.core
+        add, core, form = self._moments.by_head, field.core, trajectory.block(k).attention.form
         flat = field.coefficients(0) @ core
         tokens = flat.shape[-2]
-        self._add(flat.norm(dim=-1), at, "fol.resolution")
-        self._add(leaves.without_direction(flat) / tokens, at, "fol.undirected", null=0.0)
-        self._add(leaves.anisotropy(flat), at, "fol.aniso", null=0.0)
-        self._add(leaves.common_share(flat), at, "fol.common_share", null=1 / tokens)
-        self._add(leaves.gradient_rank(flat), at, "fol.erank")
-        if tokens > 1 and (*at, "fol.aniso", None) not in self._sds:
-            each, whole = chance(trajectory.block(k).attention.form.left_rows(), core, field.fold)
-            pairs = leaves.anisotropy_sd(tokens, 1)
-            known = [(head, shared) for head, shared in [(None, whole), *enumerate(each)] if not math.isnan(shared)]
-            self._sds |= {(*at, "fol.aniso", head): pairs * math.sqrt(shared) for head, shared in known}
+        add(flat.norm(dim=-1), *at, "fol.resolution")
+        add(leaves.without_direction(flat) / tokens, *at, "fol.undirected", null=0.0)
+        each, whole = chance(form.left_rows(), core, field.fold)
+        pairs = leaves.anisotropy_sd(tokens, 1) if tokens > 1 else math.nan
+        sds = pairs * torch.tensor(each, dtype=torch.float64).sqrt()
+        add(leaves.anisotropy(flat), *at, "fol.aniso", null=0.0, null_sd=sds, mean_null_sd=pairs * math.sqrt(whole))
+        add(leaves.common_share(flat), *at, "fol.common_share", null=1 / tokens)
+        add(leaves.gradient_rank(flat), *at, "fol.erank")
         if field.turned:
             self._tilt(at, field, core, tokens)
         else:
             mass = sinks.importance(trajectory.pattern(k), trajectory.visible(k))
             # before the norm is folded in: on the read cloud the same up to a constant
             read = trajectory.steps[k].read
-            common = trajectory.block(k).attention.form.pull(field.coefficients(0).mean(-2, keepdim=True).to(read))
-            found = leaves.common_correlation(common, read, mass)
-            self._add(found, at, "fol.common_corr", null=0.0)
-            if tokens > 1:
-                for head in range(found.shape[1]):
-                    self._sds[*at, "fol.common_corr", head] = 1 / math.sqrt(tokens - 1)
+            common = form.pull(field.coefficients(0).mean(-2, keepdim=True).to(read))
+            spread = 1 / math.sqrt(tokens - 1) if tokens > 1 else None
+            add(leaves.common_correlation(common, read, mass), *at, "fol.common_corr", null=0.0, null_sd=spread)
 
     def _tilt(self, at: tuple[int, str], field: Gradients, core: Tensor, tokens: int) -> None:
-        offsets = [offset for offset in self._offsets if abs(offset) < tokens]
+        offsets, add = [offset for offset in self._offsets if abs(offset) < tokens], self._moments.by_head
         if not offsets:
             return
         found = leaves.tilt(lambda offset: field.coefficients(offset) @ core, offsets)
         for column, offset in enumerate(offsets):
-            self._add(found.angle[..., column], at, "fol.tilt", null=0.0, param=f"delta={offset}")
-            self._add(found.norm_ratio[..., column], at, "fol.norm_ratio", null=1.0, param=f"delta={offset}")
-        self._add(found.coherence, at, "fol.coherence")
-
-    def _add(self, values: Tensor, at: tuple[int, str], key: str, *, null: float | None = None, param: str | None = None) -> None:
-        self._moments.add(values, *at, key, heads=True, null=null, param=param)
-        self._moments.add(values.nanmean(1), *at, key, null=null, param=param)
+            add(found.angle[..., column], *at, "fol.tilt", null=0.0, param=f"delta={offset}")
+            add(found.norm_ratio[..., column], *at, "fol.norm_ratio", null=1.0, param=f"delta={offset}")
+        add(found.coherence, *at, "fol.coherence")
 
     def rows(self) -> list[Row]:
-        return [row._replace(null_sd=self._sds.get((row.layer, row.point, row.key, row.head))) for row in self._moments.rows()]
+        return self._moments.rows()
 
 
 def queries(trajectory: Trajectory, k: int) -> dict[str, Tensor]:
@@ -172,31 +161,24 @@ def gradients(trajectory: Trajectory, k: int) -> Gradients | None:
     None where the score is not linear in the key: of a kernel that reads the factors, or a position that does more to keys than
     turn planes. Of a position that turns keys, the adjoint acts on the query: r_i(Delta) = A^T R (turn_{i + Delta})^T turn_i u_i.
     """
-    block, step = trajectory.block(k), trajectory.steps[k]
-    attention, y = block.attention, step.read
+    attention, y = trajectory.block(k).attention, trajectory.steps[k].read
     form, positions = attention.form, list(attention.positions)
     if attention.kernel.reads_factors or any(p.acts_on_keys and p.reads_factors and not p.planes for p in positions):
         return None
     i = torch.arange(y.shape[1], device=y.device)
-    u = form.left(y) if attention.biases is None else form.left(y) + attention.biases.left.unsqueeze(1)
+    u = attention.queries(y)
     turned = any(position.acts_on_keys for position in positions)
-
-    def place(v: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-        q, j = u, i + offset
-        for position in positions:
-            q, v = position(q, v, i, j)
-        return q, v
-
-    placed = place(torch.zeros_like(u), 0)[0]
+    placed = attention.place(u, torch.zeros_like(u), i, i)[0]
 
     def coefficients(offset: int) -> Tensor:
         if not turned:
             return wide(placed)
         with torch.enable_grad():
             keys = torch.zeros_like(u, requires_grad=True)  # any will do: the map is linear in them
-            return wide(torch.autograd.grad(place(keys, offset)[1], keys, placed)[0])
+            return wide(torch.autograd.grad(attention.place(u, keys, i, i + offset)[1], keys, placed)[0])
 
-    fold = _fold(block.read_attn, y)
+    a, _ = trajectory.fold(k)
+    fold = None if a is None else wide(a)
     right = form.right_rows()
     rows = torch.eye(form.dim, dtype=y.dtype, device=y.device).unsqueeze(0) if right is None else right
     rows = wide(rows) if fold is None else wide(rows) @ fold
@@ -223,8 +205,3 @@ def chance(reads: Tensor, core: Tensor, fold: Tensor | None) -> tuple[list[float
     cosines = units @ units.mT
     each, whole = ((c.square().sum((-2, -1)) - count) / (count * (count - 1)) for c in (cosines, cosines.nanmean(0)))
     return each.tolist(), float(whole)
-
-
-def _fold(norm: object, y: Tensor) -> Tensor | None:
-    """A of the norm that the read cloud came through, in float64; None where there is none."""
-    return wide(norm.affine(y.shape[-1])[0].to(y)) if isinstance(norm, Norm) else None

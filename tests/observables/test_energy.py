@@ -158,8 +158,8 @@ def test_the_cosine_of_random_contents_is_its_null():
     torch.manual_seed(0)
     draws = 150
     net = model(dim=32, heads=3, depth=1, form=LowRank(rank=6), content=Dense(), positions=[RoPE()])
-    chunks = [capture(net, words(12)) for _ in range(2)]
-    told, pulls = found(chunks), [forces(seen, 0) for seen in chunks]
+    seen = capture(net, words(12, batch=1))
+    told, pulls = found(seen), [forces(seen, 0)]
     factor = net.layer(0).attention.content.left_factor
     drawn: dict[str, list[Tensor]] = {"attn.cos_action": [], "attn.cos_force": []}
     for _ in range(draws):
