@@ -269,6 +269,13 @@ class Reservoir:
     def __len__(self) -> int:
         return min(self.size, self.offered)
 
+    def numbered(self, name: str) -> list[Tensor]:
+        """The rows of name0, name1 …, on the CPU."""
+        found: list[Tensor] = []
+        while f"{name}{len(found)}" in self._kept:
+            found.append(self[f"{name}{len(found)}"].cpu())
+        return found
+
     def __contains__(self, name: str) -> bool:
         return name in self._kept
 

@@ -13,12 +13,12 @@ from torch import Tensor
 from emformer import parts
 from emformer.geometry import breathing, dimension
 from emformer.geometry.neighbours import Neighbours, near_duplicates, nearest
-from emformer.observables.base import Observation, Reservoir, Row
+from emformer.observables.base import Observation, Reservoir, Row, estimate
 from emformer.parts import UserError
 from emformer.trajectory import Trajectory
 
 AT = ("attn", "ffn")
-NAMES = {"attn": "b_attn", "ffn": "b_mlp"}
+NAMES = {"attn": "attn", "ffn": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -117,51 +117,44 @@ class Change(NamedTuple):
     after: int
 
 
-class _Last(Observation):
+class _Breathing(Observation):
     """Last tokens of the prompts at every state; of a parallel block also with either share alone."""
 
     def __init__(self, points: int, seed: int):
         self._seed, self._reservoir = seed, Reservoir(points, seed)
         self._states: list[tuple[int, str]] = []
         self._changes: list[Change] = []
-        self._parallel = False
-        self._groups: Tensor | None = None
 
-    def _clouds(self, trajectory: Trajectory) -> list[tuple[str, Tensor]]:
-        """(name, (B, d)) of the states, in order, and then of the halves of parallel blocks."""
+    @property
+    def _parallel(self) -> bool:
+        """Whether changes lead to halves of blocks, which stand behind the states."""
+        return any(change.after >= len(self._states) for change in self._changes)
+
+    @torch.no_grad()
+    def update(self, trajectory: Trajectory) -> None:
         states = trajectory.states
-        self._states = [(state.layer, state.point) for state in states]
-        found = [(f"raw{k}", state.x[:, -1]) for k, state in enumerate(states)]
-        found += [(f"read{k}", state.read[:, -1]) for k, state in enumerate(states) if state.read is not None]
-        found += [(f"update{k}", step.update[:, -1]) for k, step in enumerate(trajectory.steps)]
-        found += _group(trajectory)
-        self._changes, extra = [], len(states)
+        raw = [state.x for state in states]
+        self._states, self._changes = [(state.layer, state.point) for state in states], []
         for k, step in enumerate(trajectory.steps):
             if step.point in AT:
                 self._changes.append(Change(step.layer, step.point, k, k + 1))
             elif step.ffn is not None:
-                self._parallel = True
                 for point, half in zip(AT, trajectory.halves(k), strict=True):
-                    self._changes.append(Change(step.layer, point, k, extra))
-                    found.append((f"raw{extra}", half[:, -1]))
-                    extra += 1
-        return found
-
-
-class _Breathing(_Last):
-    @torch.no_grad()
-    def update(self, trajectory: Trajectory) -> None:
-        self._reservoir.offer(**dict(self._clouds(trajectory)))
+                    self._changes.append(Change(step.layer, point, k, len(raw)))
+                    raw.append(half)
+        found = {f"raw{k}": x[:, -1] for k, x in enumerate(raw)}
+        found |= {f"read{k}": state.read[:, -1] for k, state in enumerate(states) if state.read is not None}
+        found |= {f"update{k}": step.update[:, -1] for k, step in enumerate(trajectory.steps)}
+        self._reservoir.offer(**found, **_group(trajectory))
 
     @torch.no_grad()
     def rows(self) -> list[Row]:
         if not len(self._reservoir):
             return []
-        self._groups = _numbered(self._reservoir)
         found: list[Row] = []
         views: dict[str, list[Neighbours]] = {}
         for cloud in ("raw", "read"):
-            clouds = self._all(cloud)
+            clouds = self._reservoir.numbered(cloud)
             if clouds:
                 views[cloud] = [nearest(one, 2 * max(dimension.SCALES)) for one in clouds]
                 found += self._dimensions(cloud, clouds, views[cloud])
@@ -170,91 +163,71 @@ class _Breathing(_Last):
             found += self._breath(cloud, views)
         return found
 
-    def _all(self, cloud: str) -> list[Tensor]:
-        """Every cloud of this kind, states first; a read cloud of half a block is not known."""
-        count = (
-            1 + max((change.after for change in self._changes), default=len(self._states) - 1)
-            if cloud == "raw"
-            else len(self._states)
-        )
-        count = max(count, len(self._states))
-        if f"{cloud}{count - 1}" not in self._reservoir:
-            return []
-        return [self._reservoir[f"{cloud}{k}"].cpu() for k in range(count)]
-
     def _dimensions(self, cloud: str, clouds: Sequence[Tensor], near: Sequence[Neighbours]) -> list[Row]:
         found: list[Row] = []
-        errors = _errors(near[: len(self._states)], self._seed, self._groups)
-        for k, (layer, point) in enumerate(self._states):
-            x, here = clouds[k], near[k]
+        errors = _errors(near[: len(self._states)], self._seed, _numbered(self._reservoir))
+        for at, x, here, error in zip(self._states, clouds, near, errors, strict=False):
             n, d = x.shape
-            at: dict[str, Any] = {"cloud": cloud}
-            twonn = dimension.twonn(here)
-            found.append(_row((layer, point), "geo.id_twonn", twonn.value, twonn.value * errors[k], twonn.n, twonn.dropped, **at))
+            one = dimension.twonn(here)
+            told = [estimate(at, "geo.id_twonn", one.value, one.n, one.dropped, error=one.value * error)]
             for scale, one in zip(dimension.SCALES, dimension.gride(here), strict=True):
-                row = _row((layer, point), "geo.id_gride", one.value, one.se, one.n, one.dropped, **at, param=f"k={scale}")
-                found.append(row)
-            for name, value, null in (
-                ("geo.pr", dimension.participation_ratio(x), n * d / (n + d)),
-                ("geo.erank_sv", dimension.erank_sv(x), None),
-                ("geo.rank_resid", dimension.rank_residual(x), math.sqrt(1 - 1 / n)),
-            ):
-                found.append(_row((layer, point), name, float(value), math.nan, n, 0, **at, null=null))
-            found.append(_row((layer, point), "geo.duplicates", 1 - len(here.kept) / n, math.nan, n, 0, **at))
-            found.append(_row((layer, point), "geo.near_duplicates", near_duplicates(here), math.nan, len(here.kept), 0, **at))
+                told.append(estimate(at, "geo.id_gride", one.value, one.n, one.dropped, error=one.se, param=f"k={scale}"))
+            told += [
+                estimate(at, "geo.pr", float(dimension.participation_ratio(x)), n, null=n * d / (n + d)),
+                estimate(at, "geo.erank_sv", float(dimension.erank_sv(x)), n),
+                estimate(at, "geo.rank_resid", float(dimension.rank_residual(x)), n, null=math.sqrt(1 - 1 / n)),
+                estimate(at, "geo.duplicates", 1 - len(here.kept) / n, n),
+                estimate(at, "geo.near_duplicates", near_duplicates(here), len(here.kept)),
+            ]
+            found += [row._replace(cloud=cloud) for row in told]
         return found
 
     def _updates(self) -> list[Row]:
         found: list[Row] = []
-        for k, (layer, point) in enumerate(self._states[1:]):
-            one = dimension.twonn(nearest(self._reservoir[f"update{k}"].cpu(), 2))
-            found.append(_row((layer, point), "geo.id_twonn", one.value, one.se, one.n, one.dropped, param="update"))
+        for at, update in zip(self._states[1:], self._reservoir.numbered("update"), strict=True):
+            one = dimension.twonn(nearest(update, 2))
+            found.append(estimate(at, "geo.id_twonn", one.value, one.n, one.dropped, error=one.se, param="update"))
         return found
 
     def _breath(self, cloud: str, views: Mapping[str, Sequence[Neighbours]]) -> list[Row]:
-        near, changes = views[cloud], self._changes
+        near, changes, groups = views[cloud], self._changes, _numbered(self._reservoir)
         if cloud == "read" and self._parallel:
             return []
-        param = "parallel" if self._parallel else None
         sides = {point: [(c.before, c.after) for c in changes if c.point == point] for point in AT}
         if not changes:
             return []
         paired = [c.layer for c in changes if c.point == "attn"] == [c.layer for c in changes if c.point == "ffn"]
         if paired:
-            whole = breathing.breathing(near, sides["attn"], sides["ffn"], seed=self._seed, prompts=self._groups)
+            whole = breathing.breathing(near, sides["attn"], sides["ffn"], seed=self._seed, prompts=groups)
             each = {"attn": whole.attn, "ffn": whole.mlp}
         else:
             each = {
-                point: breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed, prompts=self._groups)
+                point: breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed, prompts=groups)
                 for point, pairs in sides.items()
                 if pairs
             }
         found: list[Row] = []
         n = len(self._reservoir)
         for point, change in each.items():
-            others = self._others(cloud, views, sides[point])
-            counted = breathing.counts(change, others)
-            name, layers = NAMES[point], [c.layer for c in changes if c.point == point]
-            for k, layer in enumerate(layers):
-                known = bool(change.value[k].isfinite())
-                size = (n, 0) if known else (0, n)
-                value, error, p = float(change.value[k]), float(change.se[k]), float(change.p[k])
-                where: dict[str, Any] = {"cloud": cloud, "param": param}
-                found.append(_row((layer, point), f"breath.{name}", value, error, *size, null=0.0, **where))
-                found.append(_row((layer, point), f"breath.p_{name[2:]}", p, math.nan, *size, **where))
-                counts = float(counted[k]) if known else math.nan
-                found.append(
-                    _row((layer, point), f"breath.counts_{name[2:]}", counts, math.nan, *size, null=breathing.LEVEL, **where)
-                )
+            counted = breathing.counts(change, self._others(cloud, views, sides[point]))
+            layers = [c.layer for c in changes if c.point == point]
+            numbers = zip(layers, change.value.tolist(), change.se.tolist(), change.p.tolist(), counted.tolist(), strict=True)
+            for layer, value, error, p, counts in numbers:
+                at, name = (layer, point), NAMES[point]
+                size = (0, n) if math.isnan(value) else (n, 0)
+                found += [
+                    estimate(at, f"breath.b_{name}", value, *size, error=error, null=0.0),
+                    estimate(at, f"breath.p_{name}", p, *size),
+                    estimate(at, f"breath.counts_{name}", float(counts) if size[0] else math.nan, *size, null=breathing.LEVEL),
+                ]
         if paired:
-            nowhere, total = (None, None), whole.sawtooth
+            at, total = (None, None), whole.sawtooth
             blocks = total.n_valid, total.n_dropped
-            where = {"cloud": cloud, "param": param}
-            found.append(_row(nowhere, "breath.sawtooth", total.fraction, math.nan, *blocks, null=0.25, **where))
-            for key, change in (("amplitude", whole.amplitude), ("drift", whole.drift)):
-                found.append(_row(nowhere, f"breath.{key}", float(change.value), float(change.se), *blocks, null=0.0, **where))
-            found.append(_row(nowhere, "breath.p_value", whole.p if total.n_valid else math.nan, math.nan, *blocks, **where))
-        return found
+            found.append(estimate(at, "breath.sawtooth", total.fraction, *blocks, null=0.25))
+            for key, one in (("amplitude", whole.amplitude), ("drift", whole.drift)):
+                found.append(estimate(at, f"breath.{key}", float(one.value), *blocks, error=float(one.se), null=0.0))
+            found.append(estimate(at, "breath.p_value", whole.p if total.n_valid else math.nan, *blocks))
+        return [row._replace(cloud=cloud, param="parallel" if self._parallel else None) for row in found]
 
     def _others(self, cloud: str, views: Mapping[str, Sequence[Neighbours]], pairs: Sequence[tuple[int, int]]) -> Tensor:
         """(views, blocks): the same changes at other scales and in the other cloud, as far as there is one."""
@@ -271,11 +244,11 @@ class _Breathing(_Last):
         return torch.stack(found)
 
 
-class _Controls(_Last):
+class _Controls(Observation):
     """Each step's cloud as it would be after another update of the same block."""
 
     def __init__(self, points: int, seed: int):
-        super().__init__(points, seed)
+        self._seed, self._reservoir = seed, Reservoir(points, seed)
         self._generator = torch.Generator().manual_seed(seed)
         self._instead: list[tuple[int, str, str, int]] = []  # layer, point, param, state before
 
@@ -299,7 +272,7 @@ class _Controls(_Last):
                     self._offer(found, step.layer, point, "noise", k, x + epsilon * random, place)
             if step.mixture is not None and trajectory.model is not None:
                 self._offer(found, step.layer, "attn", "uniform", k, x + epsilon * _uniform(trajectory, k), place)
-        self._reservoir.offer(**found, **dict(_group(trajectory)))
+        self._reservoir.offer(**found, **_group(trajectory))
 
     def _offer(self, found: dict[str, Tensor], layer: int, point: str, param: str, k: int, raw: Tensor, place: Any) -> None:
         found[f"instead{len(self._instead)}"] = (raw if place is None else place(raw))[:, 0]
@@ -312,19 +285,19 @@ class _Controls(_Last):
         groups = _numbered(self._reservoir)
         states = 1 + max(k for *_, k in self._instead)
         scales = 2 * max(dimension.SCALES)  # as many neighbours as the halves of the bootstrap may need
-        near = [nearest(self._reservoir[f"raw{k}"].cpu(), scales) for k in range(states)]
-        near += [nearest(self._reservoir[f"instead{k}"].cpu(), scales) for k in range(len(self._instead))]
+        clouds = self._reservoir.numbered("raw")[:states] + self._reservoir.numbered("instead")
+        near = [nearest(cloud, scales) for cloud in clouds]
         pairs = [(before, states + k) for k, (*_, before) in enumerate(self._instead)]
         change = breathing.contrasts(near, _weights(pairs, len(near)), seed=self._seed, prompts=groups)
         errors = _errors(near[states:], self._seed, groups)
         found: list[Row] = []
         n = len(self._reservoir)
         for k, (layer, point, param, _) in enumerate(self._instead):
-            one = dimension.twonn(near[states + k])
-            found.append(_row((layer, point), "geo.id_twonn", one.value, one.value * errors[k], one.n, one.dropped, param=param))
+            one, at = dimension.twonn(near[states + k]), (layer, point)
+            found.append(estimate(at, "geo.id_twonn", one.value, one.n, one.dropped, error=one.value * errors[k], param=param))
             value, error = float(change.value[k]), float(change.se[k])
             size = (0, n) if math.isnan(value) else (n, 0)
-            found.append(_row((layer, point), f"breath.{NAMES[point]}", value, error, *size, null=0.0, param=param))
+            found.append(estimate(at, f"breath.b_{NAMES[point]}", value, *size, error=error, null=0.0, param=param))
         return found
 
 
@@ -351,26 +324,10 @@ def _errors(near: Sequence[Neighbours], seed: int, groups: Tensor | None) -> lis
     return breathing.contrasts(near, torch.eye(len(near), dtype=torch.float64), seed=seed, prompts=groups).se.tolist()
 
 
-def _group(trajectory: Trajectory) -> list[tuple[str, Tensor]]:
-    return [] if trajectory.groups is None else [("group", trajectory.groups)]
+def _group(trajectory: Trajectory) -> dict[str, Tensor]:
+    return {} if trajectory.groups is None else {"group": trajectory.groups}
 
 
 def _numbered(reservoir: Reservoir) -> Tensor | None:
     """The group of each point, numbered from 0: what the bootstrap draws whole. None: each point is its own."""
     return reservoir["group"].unique(return_inverse=True)[1] if "group" in reservoir else None
-
-
-def _row(
-    at: tuple[int | None, str | None],
-    key: str,
-    value: float,
-    error: float,
-    n_valid: int,
-    n_dropped: int = 0,
-    *,
-    null: float | None = None,
-    cloud: str = "raw",
-    param: str | None = None,
-) -> Row:
-    mean, se = (None if math.isnan(number) else number for number in (value, error))
-    return Row(*at, key, mean, None, se, n_valid, n_dropped, null, cloud=cloud, param=param)

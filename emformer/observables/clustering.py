@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from emformer import parts
 from emformer.geometry import clusters
-from emformer.observables.base import Moments, Observation, Reservoir, Row
+from emformer.observables.base import Moments, Observation, Reservoir, Row, estimate
 from emformer.parts import UserError
 from emformer.trajectory import Trajectory
 
@@ -83,8 +83,8 @@ class Pool:
 
     def directions(self) -> Iterator[tuple[int, str, Tensor]]:
         """(layer, point, x/|x|) of each state, on the CPU."""
-        for k, place in enumerate(self._places):
-            yield *place, clusters.unit(self._reservoir[f"x{k}"].cpu()).cloud
+        for place, x in zip(self._places, self._reservoir.numbered("x"), strict=True):
+            yield *place, clusters.unit(x).cloud
 
     def labels(self) -> Iterator[tuple[str, Tensor]]:
         """The labels there are, by name: "class", "token"."""
@@ -126,20 +126,21 @@ class _Clustering(Observation):
         for k, (layer, point, cloud) in enumerate(clouds):
             at = layer, point
             shape = clusters.silhouette(cloud, fits[k])
-            found.append(_row(at, "clu.silhouette", shape.mean, shape[3:], error=shape.error, null=0.0))
+            found.append(estimate(at, "clu.silhouette", shape.mean, *shape[3:], error=shape.error, null=0.0))
             if k:
                 same = clusters.persistence(fits[k - 1], fits[k], ["ari"])
-                found.append(_row(at, "clu.ari_next", same.ari, same[3:], null=0.0))
+                found.append(estimate(at, "clu.ari_next", same.ari, *same[3:], null=0.0))
                 kept = clusters.neighbour_overlap(near[k - 1], near[k])
                 found.append(_overlap(at, "clu.chi_k", kept, f"k={setting.neighbours}"))
             last = clusters.persistence(fits[k], fits[-1], ["ami"])
-            found.append(_row(at, "clu.ami_final", last.ami, last[3:], null=0.0))
+            found.append(estimate(at, "clu.ami_final", last.ami, *last[3:], null=0.0))
             for name, ids in labels:
                 apart = clusters.separation(cloud, ids)
-                n, null = (apart.n, apart.n_dropped), _defined(apart.null)
-                found.append(_row(at, "clu.wt_ratio", apart.within, n, error=apart.error, null=null, param=f"label={name}"))
+                n, label = (apart.n, apart.n_dropped), f"label={name}"
+                row = estimate(at, "clu.wt_ratio", apart.within, *n, error=apart.error, null=apart.null, param=label)
+                found.append(row)
                 own = clusters.label_overlap(near[k], ids)
-                found.append(_overlap(at, "clu.chi_label", own, f"label={name}"))
+                found.append(_overlap(at, "clu.chi_label", own, label))
         return found
 
 
@@ -174,27 +175,30 @@ class Density(parts.Observable):
             raise UserError(f"{self} cannot be measured: points is at least 1 and smallest at least 5.")
 
     def begin(self) -> Observation:
-        return _Density(self)
+        return _Pooled(self.points, self.seed, self._told)
+
+    def _told(self, at: tuple[int, str], cloud: Tensor) -> list[Row]:
+        fit = clusters.hdbscan(cloud, self.smallest)
+        shape = clusters.silhouette(cloud, fit.labels)
+        return [
+            estimate(at, "clu.density_count", float(fit.k), *fit[3:]),
+            estimate(at, "clu.density_noise", fit.noise, *fit[3:]),
+            estimate(at, "clu.density_silhouette", shape.mean, *shape[3:], error=shape.error),
+        ]
 
 
-class _Density(Observation):
-    def __init__(self, setting: Density):
-        self._setting, self._pool = setting, Pool(setting.points, setting.seed)
+class _Pooled(Observation):
+    """What is told of the pooled cloud of each state by itself."""
+
+    def __init__(self, points: int, seed: int, told: Callable[[tuple[int, str], Tensor], list[Row]]):
+        self._pool, self._told = Pool(points, seed), told
 
     @torch.no_grad()
     def update(self, trajectory: Trajectory) -> None:
         self._pool.update(trajectory)
 
     def rows(self) -> list[Row]:
-        found: list[Row] = []
-        for layer, point, cloud in self._pool.directions():
-            at = layer, point
-            fit = clusters.hdbscan(cloud, self._setting.smallest)
-            shape = clusters.silhouette(cloud, fit.labels)
-            found.append(_row(at, "clu.density_count", float(fit.k), fit[3:]))
-            found.append(_row(at, "clu.density_noise", fit.noise, fit[3:]))
-            found.append(_row(at, "clu.density_silhouette", shape.mean, shape[3:], error=shape.error))
-        return found
+        return [row for layer, point, cloud in self._pool.directions() for row in self._told((layer, point), cloud)]
 
 
 @dataclass(frozen=True)
@@ -225,46 +229,17 @@ class Scan(parts.Observable):
             raise UserError(f"{self} cannot be measured: points is at least 1 and most at least 2.")
 
     def begin(self) -> Observation:
-        return _Scan(self)
+        return _Pooled(self.points, self.seed, self._told)
 
-
-class _Scan(Observation):
-    def __init__(self, setting: Scan):
-        self._setting, self._pool = setting, Pool(setting.points, setting.seed)
-
-    @torch.no_grad()
-    def update(self, trajectory: Trajectory) -> None:
-        self._pool.update(trajectory)
-
-    def rows(self) -> list[Row]:
-        found: list[Row] = []
-        for layer, point, cloud in self._pool.directions():
-            at = layer, point
-            scan = clusters.choose_k(cloud, self._setting.seed, self._setting.most)
-            k = math.nan if math.isnan(scan.silhouette) else float(scan.best.k)
-            found.append(_row(at, "clu.best_k", k, scan.best[3:]))
-            found.append(_row(at, "clu.best_silhouette", scan.silhouette, scan.best[3:]))
-        return found
-
-
-def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else value
-
-
-def _row(
-    at: tuple[int, str],
-    key: str,
-    value: float,
-    n: tuple[int, int],
-    *,
-    error: float = math.nan,
-    null: float | None = None,
-    param: str | None = None,
-) -> Row:
-    """A pooled estimate: it has an error, and no spread between prompts. `n`: points it is made of, and dropped."""
-    return Row(*at, key, _defined(value), None, _defined(error), *n, null, param=param)
+    def _told(self, at: tuple[int, str], cloud: Tensor) -> list[Row]:
+        scan = clusters.choose_k(cloud, self.seed, self.most)
+        k = math.nan if math.isnan(scan.silhouette) else float(scan.best.k)
+        return [
+            estimate(at, "clu.best_k", k, *scan.best[3:]),
+            estimate(at, "clu.best_silhouette", scan.silhouette, *scan.best[3:]),
+        ]
 
 
 def _overlap(at: tuple[int, str], key: str, found: clusters.Overlap, param: str) -> Row:
     n = int(found.n), int(found.n_dropped)
-    return _row(at, key, float(found.share), n, error=float(found.error), null=_defined(float(found.null)), param=param)
+    return estimate(at, key, float(found.share), *n, error=float(found.error), null=float(found.null), param=param)

@@ -50,19 +50,18 @@ class Signal(parts.Observable):
 class _Signal(Observation):
     def __init__(self) -> None:
         self._moments, self._terms = Moments(), Moments()
-        self._prompts = self._dim = 0
+        self._dim = 0
         self._seen: dict[tuple[int | None, str | None], list[int]] = {}
 
     @torch.no_grad()
     def update(self, trajectory: Trajectory) -> None:
         add = self._moments.add
-        self._prompts += trajectory.prompts
         self._dim = trajectory.clouds[0].shape[-1]
         for state in trajectory.states:
             at, (count, dim) = (state.layer, state.point), state.x.shape[1:]
             add(signals.stream_variance(state.x), *at, "signal.variance")
             add(signals.median_norm(state.x), *at, "signal.norm")
-            pairs = count * (count - 1) * (dim - 1) * self._prompts
+            pairs = count * (count - 1) * (dim - 1)
             spread = math.sqrt(2 / pairs) if pairs else None
             add(signals.token_correlation(state.x), *at, "signal.correlation", null=0.0, null_sd=spread)
             add(rank_residual(state.x), *at, "signal.rank_resid", null=math.sqrt(1 - 1 / count))
@@ -81,22 +80,17 @@ class _Signal(Observation):
         kernel = block.attention.kernel
         at = step.layer, step.point
         std = signals.score_std(getattr(kernel, "beta", 1.0) * trajectory.scores(k), visible)
-        told = {"signal.score_std": std.total, "signal.score_std_within": std.within}
-
         read = _bare(block.read_attn, step.before, step.read)
         count = visible.sum(-1)
         mean = trajectory.pattern(k) @ read.unsqueeze(1)
-        told["signal.context_variance"] = signals.stream_variance(mean).where(count >= NEAR, torch.nan)
-        for key, values in told.items():
-            self._moments.add(values, *at, key, heads=True)
-            self._moments.add(values.nanmean(1), *at, key)
-
+        variance = signals.stream_variance(mean).where(count >= NEAR, torch.nan)
         r = signals.token_correlation(read)
-        self._terms.add(r, *at, "r")
         # of scores of mean square sigma^2 all pairs share r^2 sigma^2, and a row shares r sigma^2
         within = std.total / (1 + r).sqrt().unsqueeze(1)
-        self._terms.add(within, *at, "within", heads=True)
-        self._terms.add(within.mean(1), *at, "within")
+        self._moments.by_head(std.total, *at, "signal.score_std")
+        self._moments.by_head(std.within, *at, "signal.score_std_within", null=within)
+        self._moments.by_head(variance, *at, "signal.context_variance")
+        self._terms.add(r, *at, "r")
         if temperature(kernel) is not None:
             self._terms.add(std.within.square(), *at, "rows", heads=True)
             self._seen[at] = count[count >= NEAR].tolist()
@@ -106,9 +100,7 @@ class _Signal(Observation):
         found = []
         for row in self._moments.rows():
             at = row.layer, row.point
-            if row.key == "signal.score_std_within":
-                row = row._replace(null=terms[*at, "within", row.head])
-            elif row.key == "signal.context_variance" and at in self._seen:
+            if row.key == "signal.context_variance" and at in self._seen:
                 heads = [head for *place, head in terms if place == [*at, "rows"]] if row.head is None else [row.head]
                 nulls = [null for head in heads if (null := self._predicted(terms, at, head)) is not None]
                 row = row._replace(null=math.fsum(nulls) / len(nulls) if nulls else None)

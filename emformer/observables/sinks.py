@@ -13,8 +13,7 @@ from torch import Tensor
 from emformer import parts
 from emformer.geometry import leaves, sinks
 from emformer.geometry.spectra import wide
-from emformer.norms import Norm
-from emformer.observables.base import Moments, Observation, Reservoir, Row
+from emformer.observables.base import Moments, Observation, Reservoir, Row, estimate
 from emformer.observables.foliation import chance
 from emformer.parts import UserError
 from emformer.trajectory import Trajectory
@@ -91,8 +90,8 @@ class _Sinks(Observation):
                 expected.append(null)
             chooses = visible[:, 0] & (visible.sum(-1) >= 2)
             a = wide(trajectory.pattern(k))
-            self._add(sinks.sink_share(a[..., 0], given[:, :, 0], a @ given)[..., chooses], at, "sink.share")
-            self._add(sinks.value_ratio(given), at, "sink.drain", null=1.0)
+            self._moments.by_head(sinks.sink_share(a[..., 0], given[:, :, 0], a @ given)[..., chooses], *at, "sink.share")
+            self._moments.by_head(sinks.value_ratio(given), *at, "sink.drain", null=1.0)
             if trajectory.tokens is not None:
                 if k not in self._layers:
                     self._layers[k] = _Layer(at, blind, trajectory, k)
@@ -103,7 +102,7 @@ class _Sinks(Observation):
             blind = blind and int(visible[0].sum()) == 1
         if rates:
             whole = torch.stack(rates).nanmean((0, 2))
-            self._moments.add(whole, None, None, "attn.sink_rate", param="k=1", null=_defined(sum(expected) / len(expected)))
+            self._moments.add(whole, None, None, "attn.sink_rate", param="k=1", null=sum(expected) / len(expected))
         if pooled:
             assert trajectory.tokens is not None
             pooled["first"] = trajectory.tokens[:, 0]
@@ -116,24 +115,19 @@ class _Sinks(Observation):
         a, even, threshold = wide(trajectory.pattern(k)), sinks.uniform(visible), self._setting.threshold
         if not trajectory.block(k).attention.kernel.normalised:
             total = a.sum(-1, keepdim=True)
-            self._add(1 - total.squeeze(-1), at, "sink.unspent")
+            self._moments.by_head(1 - total.squeeze(-1), *at, "sink.unspent")
             a = a * (1 / total).where(total > 0, 0.0)
         rate, null = (sinks.sink_rate(pattern, visible, 1, threshold) for pattern in (a, even))
-        self._add(rate, at, "attn.sink_rate", null=float(null), param="k=1")
+        self._moments.by_head(rate, *at, "attn.sink_rate", null=float(null), param="k=1")
         mass, fair = sinks.sink_mass(a, visible), sinks.sink_mass(even, visible)
-        self._add(mass.mean, at, "sink.mass", null=float(fair.mean))
-        self._add(mass.variation, at, "sink.variation", null=float(fair.variation))
+        self._moments.by_head(mass.mean, *at, "sink.mass", null=float(fair.mean))
+        self._moments.by_head(mass.variation, *at, "sink.variation", null=float(fair.variation))
         # a mean of few weights is large by chance
         enough = (int(visible.sum(-2).max()) + 1) // 2
         first, usual = (sinks.sink_position(pattern, visible, enough) for pattern in (a, even))
         share = (first == 1).double().where(~first.isnan(), torch.nan)
-        self._add(share, at, "sink.argmax", null=math.nan if usual.isnan() else float(usual == 1))
+        self._moments.by_head(share, *at, "sink.argmax", null=math.nan if usual.isnan() else float(usual == 1))
         return rate, float(null)
-
-    def _add(self, values: Tensor, at: tuple[int, str], key: str, *, null: float | None = None, param: str | None = None) -> None:
-        null = None if null is None else _defined(null)
-        self._moments.add(values, *at, key, heads=True, null=null, param=param)
-        self._moments.add(values.nanmean(1), *at, key, null=null, param=param)
 
     def rows(self) -> list[Row]:
         found = self._moments.rows()
@@ -146,13 +140,13 @@ class _Layer:
     """What the cosine between prompts needs of one layer: where it is, its mean content, what chance would give."""
 
     def __init__(self, at: tuple[int, str], blind: bool, trajectory: Trajectory, k: int):
-        block = trajectory.block(k)
-        content, norm = block.attention.content, block.read_attn
+        content = trajectory.block(k).attention.content
         right = content.right_rows()
         if right is None:
             right = torch.eye(content.dim, dtype=torch.float64, device=content.left_rows().device).unsqueeze(0)
-        fold = wide(norm.affine(content.dim)[0]).to(right.device) if isinstance(norm, Norm) else None
-        self.at, self.same = at, 1.0 if blind else None
+        a, _ = trajectory.fold(k)
+        fold = None if a is None else wide(a)
+        self.at, self.same = at, 1.0 if blind else math.nan
         self.each, self.whole = chance(right.repeat_interleave(content.heads // len(right), 0), _core(content.left_rows()), fold)
         self.total: Tensor | float = 0.0
         self.count = 0
@@ -183,12 +177,12 @@ class _Layer:
         found, null = [], self.same if param == "same" else 0.0
         for head, value in [(None, cosines.nanmean()), *enumerate(cosines)]:
             n = 0 if value.isnan() else used
-            sd = None
             shared = self.whole if head is None else self.each[head]
-            if param != "same" and n > 1 and not math.isnan(shared):
-                sd = leaves.anisotropy_sd(n, 1) * math.sqrt(shared)
-            row = Row(*self.at, "sink.value_cos", _defined(float(value)), None, None, n, offered - n, null, sd)
-            found.append(row._replace(head=head, cloud=cloud, param=param))
+            sd = leaves.anisotropy_sd(n, 1) * math.sqrt(shared) if param != "same" and n > 1 else math.nan
+            nulls = {"null": null, "null_sd": sd}
+            found.append(
+                estimate(self.at, "sink.value_cos", float(value), n, offered - n, **nulls, head=head, cloud=cloud, param=param)
+            )
         return found
 
 
@@ -198,10 +192,10 @@ def contents(trajectory: Trajectory, k: int) -> Tensor:
 
     Effective: of y without the norm's bias. Lengths and angles are those in E. Cost H N r^2.
     """
-    block, y = trajectory.block(k), trajectory.steps[k].read
-    content, norm = block.attention.content, block.read_attn
-    if isinstance(norm, Norm) and norm.bias is not None:
-        y = y - norm.bias.to(y)
+    content, y = trajectory.block(k).attention.content, trajectory.steps[k].read
+    _, bias = trajectory.fold(k)
+    if bias is not None:
+        y = y - bias
     z = wide(content.right(y)).repeat_interleave(content.heads // content.groups, 1)
     return z @ _core(content.left_rows())
 
@@ -232,7 +226,3 @@ def _alike(values: Tensor, ids: Sequence[int], mean: Tensor | None) -> tuple[Ten
         weight = len(group) * (len(group) - 1) * (~cosine.isnan()).double()
         total, pairs = total + weight * cosine.nan_to_num(), pairs + weight
     return total / pairs, sum(map(len, groups))  # 0/0 is nan
-
-
-def _defined(value: float) -> float | None:
-    return None if math.isnan(value) else value

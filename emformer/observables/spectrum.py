@@ -68,20 +68,14 @@ class _Spectrum(Observation):
         # beside I the size of the weights counts, and uniform weights are known only if they sum to one
         known = trajectory.block(k).attention.kernel.normalised
         for param, of, chance in (("A", told.mix, null.mix), ("I+A", told.residual, null.residual)):
-            self._add(of.rho, at, "spec.rho_A", param, cloud="read")
+            self._moments.by_head(of.rho, *at, "spec.rho_A", cloud="read", param=param)
             log_kappa = of.log_kappa.where(of.log_kappa.isfinite(), torch.nan)
             for key, values, expected in (
                 ("spec.kappa_log10", log_kappa, float(chance.log_kappa)),
                 ("spec.erank_A", of.erank, float(chance.erank)),
             ):
                 compared = (known or param == "A") and math.isfinite(expected)
-                self._add(values, at, key, param, null=expected if compared else None)
-
-    def _add(
-        self, values: Tensor, at: tuple[int, str], key: str, param: str, *, cloud: str = "raw", null: float | None = None
-    ) -> None:
-        self._moments.add(values, *at, key, heads=True, cloud=cloud, param=param, null=null)
-        self._moments.add(values.nanmean(1), *at, key, cloud=cloud, param=param, null=null)
+                self._moments.by_head(values, *at, key, param=param, null=expected if compared else None)
 
     def _step(self, before: Tensor, after: Tensor, at: tuple[int, str], param: str | None = None) -> None:
         kept = retention.signal_retention(before, after)

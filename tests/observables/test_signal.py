@@ -56,7 +56,7 @@ def test_states_and_updates_against_their_definitions():
         cosines = torch.nn.functional.cosine_similarity(y.unsqueeze(1), y.unsqueeze(2), dim=-1)
         row = only(rows, "correlation", at)
         near(row, cosines[:, pairs].mean(-1), 1e-6)
-        assert row.null == 0 and row.null_sd == pytest.approx(math.sqrt(2 / (count * (count - 1) * (dim - 1) * 4)))
+        assert row.null == 0 and row.null_sd == pytest.approx(math.sqrt(2 / (count * (count - 1) * (dim - 1))))
         row = only(rows, "rank_resid", at)
         near(row, (x - x.mean(1, keepdim=True)).norm(dim=(1, 2)) / x.norm(dim=(1, 2)))
         assert row.null == math.sqrt(1 - 1 / count)
