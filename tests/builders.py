@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +22,10 @@ from emformer.kernels import Softmax
 from emformer.masks import Causal
 from emformer.model import Emformer
 from emformer.norms import RMSNorm
+from emformer.observables import Row
 from emformer.operators import LowRank, Operator
 from emformer.settings import Drift, Embedding, Functional
+from emformer.trajectory import Trajectory
 
 M = TypeVar("M", bound=nn.Module)
 VOCAB = 11
@@ -104,6 +107,37 @@ def cloud(count: int, dim: int = 12, batch: int = 2, dtype: torch.dtype = torch.
 def span(count: int, start: int = 0) -> torch.Tensor:
     """The positions start … start + count - 1."""
     return torch.arange(start, start + count)
+
+
+def told(observable: parts.Observable, trajectories: Trajectory | Sequence[Trajectory]) -> list[Row]:
+    """The rows of an observable: keys that it declares, each row at a place of its own, numbers that are finite or undefined."""
+    observation = observable.begin()
+    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
+        observation.update(one)
+    rows = observation.rows()
+    assert len({(row[:3], row[10:]) for row in rows}) == len(rows), "every row has a place of its own"
+    for row in rows:
+        assert row.key.removesuffix(".undefined") in observable.keys, row
+        assert all(value is None or math.isfinite(value) for value in (*row[3:6], *row[8:10])), row
+    return rows
+
+
+def only(
+    rows: Sequence[Row], key: str, head: int | None = None, layer: int | None = 0, param: str | None = None, cloud: str = "raw"
+) -> Row:
+    """The one row at this place."""
+    (row,) = [r for r in rows if (r.key, r.head, r.layer, r.param, r.cloud) == (key, head, layer, param, cloud)]
+    return row
+
+
+def bare(trajectory: Trajectory, k: int) -> torch.Tensor:
+    """Pi x / s(x) of what step k reads, written here."""
+    x, norm = trajectory.steps[k].before, trajectory.block(k).read_attn
+    if norm is None:
+        return trajectory.steps[k].read
+    if norm.centred:
+        x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
 def variants(base: type[parts.Part]) -> list[type[parts.Part]]:

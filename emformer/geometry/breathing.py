@@ -22,7 +22,7 @@ from emformer.geometry.neighbours import Neighbours, log_ratios
 
 LEVEL = 0.05
 AGREEMENT = (2, 4, 8)  # scales of `dimension.gride` whose signs must agree, see `counts`
-_ROUNDING = 1e-10  # nats; changes this small have no dependence worth a quotient
+_ROUNDING = 1e-10  # nats; changes this small are none
 
 Pairs = Sequence[tuple[int, int]]
 
@@ -204,7 +204,9 @@ def contrasts(
     point = (weights @ value[defined]).where(~missing, torch.nan)
     # the order statistic that makes "0 outside" and p <= LEVEL the same
     width = deviation.abs().topk(max(1, int(LEVEL * (1 + resamples))), dim=1).values[:, -1]
-    exceeding = (deviation.abs() >= point.abs()[:, None], deviation >= point[:, None], deviation <= point[:, None])
+    # a step that moves nothing changes the dimension by rounding alone, which must not look like a sign
+    slack, at = _ROUNDING, point[:, None]
+    exceeding = (deviation.abs() >= at.abs() - slack, deviation >= at - slack, deviation <= at + slack)
     ps = [(1 + cases.sum(1).double()) / (1 + resamples) for cases in exceeding]
     fields = (deviation.std(1), point - width, point + width, *ps, inflation)
     unknown = missing | ~deviation.isfinite().all(1)

@@ -91,7 +91,7 @@ class Controls(parts.Observable):
 
     family: ClassVar[str] = "breathing"
     keys: ClassVar[Mapping[str, str]] = {
-        "geo.id_twonn": "TwoNN dimension of the state as it would be",
+        "geo.id_twonn": "TwoNN dimension of the state as it would be; > 0",
         "breath.b_attn": "log dimension after / before; nats; null 0",
         "breath.b_mlp": "log dimension after / before; nats; null 0",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import builders
 import pytest
 import torch
 from builders import model, words
@@ -23,14 +24,7 @@ N = 500
 
 
 def told(observable, *trajectories: Trajectory) -> dict[tuple, Row]:
-    observation = observable.begin()
-    for trajectory in trajectories:
-        observation.update(trajectory)
-    rows = observation.rows()
-    found = {(row.key, row.layer, row.point, row.cloud, row.param): row for row in rows}
-    assert len(found) == len(rows), "every row has a place of its own"
-    assert {row.key for row in rows} <= observable.keys.keys()
-    return found
+    return {(row.key, row.layer, row.point, row.cloud, row.param): row for row in builders.told(observable, trajectories)}
 
 
 def whole(found: dict[tuple, Row], key: str, cloud: str = "raw") -> Row:

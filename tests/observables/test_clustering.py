@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import math
 
+import builders
 import pytest
 import torch
-from builders import model, words
 
-from emformer.ffn import GELU
 from emformer.observables import Row
 from emformer.observables.clustering import Clustering, Density, Scan
 from emformer.parts import UserError
-from emformer.trajectory import Trajectory, capture
+from emformer.trajectory import Trajectory
 
 FAMILY = [Clustering(points=64, k=3, neighbours=5), Density(points=64), Scan(points=64, most=5)]
 
 
 def told(observable, *trajectories: Trajectory) -> dict[tuple, Row]:
-    observation = observable.begin()
-    for trajectory in trajectories:
-        observation.update(trajectory)
-    rows = observation.rows()
-    found = {(row.key, row.layer, row.point, row.param): row for row in rows}
-    assert len(found) == len(rows), "every row has a place of its own"
-    assert {row.key.removesuffix(".undefined") for row in rows} <= observable.keys.keys()
-    return found
+    return {(row.key, row.layer, row.point, row.param): row for row in builders.told(observable, trajectories)}
 
 
 def planted(seed: int, clusters: int = 4, prompts: int = 16, tokens: int = 21, dim: int = 24) -> Trajectory:
@@ -92,17 +84,6 @@ def test_the_pooled_cloud_never_holds_a_first_token_and_is_the_same_at_every_sta
     places = [(rows == row).all(-1).nonzero().item() for row in pool["x0"]]
     assert len(set(places)) == 30
     assert all(torch.equal(pool[f"x{k}"], clouds[k, :, 1:].reshape(-1, 4)[places]) for k in range(3))
-
-
-def test_prompts_in_two_lots_give_the_same_means_and_bits():
-    net = model(ffn=GELU(), dtype=torch.float32)
-    tokens = words(6, batch=6)
-    for observable in FAMILY:
-        once, twice = told(observable, capture(net, tokens)), told(observable, capture(net, tokens[:2]), capture(net, tokens[2:]))
-        assert once.keys() == twice.keys() and once == told(observable, capture(net, tokens))
-        for place, row in once.items():
-            if row.sd is not None:
-                assert twice[place].mean == pytest.approx(row.mean, rel=1e-5, abs=1e-6), place
 
 
 @pytest.mark.parametrize("observable", FAMILY, ids=lambda one: type(one).__name__)

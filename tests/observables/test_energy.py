@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import examples, model, stir, words
+from builders import bare, examples, model, only, stir, told, words
 from torch import Tensor
 
 from emformer import parts
@@ -37,29 +37,11 @@ NORMED = ((2, LayerNorm(bias=True)), (None, RMSNorm()))
 GIVEN: dict[str, Any] = {"functional": Functional(), "drift": Drift()}
 
 
-def found(trajectories: Trajectory | Sequence[Trajectory]) -> list[Row]:
-    observation = Energy().begin()
-    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
-        observation.update(one)
-    return observation.rows()
-
-
-def only(rows: list[Row], key: str, head: int | None = None, layer: int = 0, param: str | None = None) -> Row:
-    (row,) = [r for r in rows if (r.key, r.head, r.layer, r.param) == (key, head, layer, param)]
-    return row
-
-
-def bare(trajectory: Trajectory, k: int) -> Tensor:
-    """Pi x / s(x), written here."""
-    x, norm = trajectory.steps[k].before, trajectory.block(k).read_attn
-    if norm is None:
-        return trajectory.steps[k].read
-    if norm.centred:
-        x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
-
-
 # Forces ---------------------------------------------------------------------------------------------------------------
+
+
+def found(trajectories: Trajectory | Sequence[Trajectory]) -> list[Row]:
+    return told(Energy(), trajectories)
 
 
 def test_forces_are_the_closed_form_where_no_position_acts():
@@ -401,25 +383,6 @@ def test_other_kinds_of_blocks():
     check(rows)
     cloudy = Trajectory.from_clouds(torch.randn(3, 2, 5, 8))
     assert found(cloudy) == [], "no model, no heads"
-
-
-def test_chunks_are_the_whole_and_nothing_is_touched():
-    torch.manual_seed(0)
-    for dtype in (torch.float64, torch.float32):
-        net, tokens = model(dtype=dtype, positions=[RoPE()]), words(11, batch=6)
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        state = torch.get_rng_state()
-        whole = found(capture(net, tokens))
-        parts_of_it = found([capture(net, some) for some in tokens.split([1, 3, 2])])
-        for one, two in zip(whole, parts_of_it, strict=True):
-            assert one[:3] == two[:3] and one[6:8] == two[6:8] and one[10:] == two[10:]
-            for first, second in zip((*one[3:6], *one[8:10]), (*two[3:6], *two[8:10]), strict=True):
-                assert (first is None) == (second is None)
-                assert first is None or first == pytest.approx(second, rel=1e-9 if dtype == torch.float64 else 1e-3, abs=1e-6)
-        assert found(capture(net, tokens)) == whole
-        assert torch.equal(state, torch.get_rng_state())
-        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-        assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_degenerate_prompts_are_undefined_not_wrong():

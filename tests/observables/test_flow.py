@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
+import builders
 import pytest
 import torch
 from builders import model, words
 
-from emformer.block import Parallel
 from emformer.ffn import GELU
 from emformer.norms import LayerNorm
 from emformer.observables import Row
@@ -21,14 +21,9 @@ FAMILY = [Flow(), Transport(), Transport(skip=1), Bures()]
 
 
 def told(observable, *trajectories: Trajectory) -> dict[tuple, Row]:
-    observation = observable.begin()
-    for trajectory in trajectories:
-        observation.update(trajectory)
-    rows = observation.rows()
-    found = {(row.key, row.layer, row.point, row.head, row.cloud, row.param): row for row in rows}
-    assert len(found) == len(rows), "every row has a place of its own"
-    assert {row.key.removesuffix(".undefined") for row in rows} <= observable.keys.keys()
-    return found
+    return {
+        (row.key, row.layer, row.point, row.head, row.cloud, row.param): row for row in builders.told(observable, trajectories)
+    }
 
 
 def whole(found: dict[tuple, Row], key: str, cloud: str = "raw", param: str | None = None) -> Row:
@@ -102,19 +97,6 @@ def test_a_model_moves_as_an_independent_computation_says(seed):
     assert sum(shares) + constant == pytest.approx(1) and abs(constant) > 1e-3
     mine = (heads[:, 0] * step.update).sum(-1) / size**2
     assert shares[0] == pytest.approx(float(mine.mean())) and drift.shape == (8,)
-
-
-def test_prompts_in_two_lots_are_the_same_prompts():
-    net = model(ffn=GELU(), arrangement=Parallel(), dtype=torch.float32)
-    tokens = words(6, batch=6)
-    for observable in FAMILY:
-        once, twice = told(observable, capture(net, tokens)), told(observable, capture(net, tokens[:2]), capture(net, tokens[2:]))
-        assert once.keys() == twice.keys()
-        for place, row in once.items():
-            if "random" not in (place[-1] or ""):  # drawn anew for every lot
-                assert twice[place].mean == pytest.approx(row.mean, rel=1e-5, abs=1e-6), place
-                assert twice[place].n_valid == row.n_valid == 6
-        assert once == told(observable, capture(net, tokens)), "the same bits again"
 
 
 def test_what_does_not_move_has_no_direction():

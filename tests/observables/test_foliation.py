@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from builders import examples, fill, model, words
-from torch import Tensor
+from builders import bare, examples, fill, model, only, told, words
 
 from emformer import parts
 from emformer.block import Parallel, Step
@@ -38,31 +37,11 @@ TILT = {"fol.tilt", "fol.norm_ratio", "fol.coherence"}
 
 
 def found(trajectories: Trajectory | Sequence[Trajectory], observable: parts.Observable | None = None) -> list[Row]:
-    observation = (observable or Foliation()).begin()
-    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
-        observation.update(one)
-    rows = observation.rows()
-    assert len({(row[:3], row[10:]) for row in rows}) == len(rows), "every row has a place of its own"
-    return rows
+    return told(observable or Foliation(), trajectories)
 
 
-def only(rows: list[Row], key: str, head: int | None = None, layer: int = 0, param: str | None = None) -> Row:
-    (row,) = [r for r in rows if (r.key, r.head, r.layer, r.param) == (key, head, layer, param)]
-    return row
-
-
-def told(rows: list[Row]) -> set[str]:
+def names(rows: list[Row]) -> set[str]:
     return {row.key.removesuffix(".undefined") for row in rows}
-
-
-def bare(trajectory: Trajectory, k: int) -> Tensor:
-    """Pi x / s(x), written here."""
-    x, norm = trajectory.steps[k].before, trajectory.block(k).read_attn
-    if norm is None:
-        return trajectory.steps[k].read
-    if norm.centred:
-        x = x - x.mean(-1, keepdim=True)
-    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt()
 
 
 # Gradients ------------------------------------------------------------------------------------------------------------
@@ -299,7 +278,7 @@ def test_a_general_form_stretches_what_it_tilts():
         assert only(rows, "fol.norm_ratio", 1, param=f"delta={offset}").mean == pytest.approx(float(ratio[:, 1].mean()), abs=1e-9)
         assert (ratio - 1).abs().max() > 1e-3
     assert not any(row.param == "delta=-16" for row in rows), "longer than the prompt"
-    assert told(rows) - told(found(seen, Foliation((-9, 9)))) == TILT, "no two of nine tokens are nine apart"
+    assert names(rows) - names(found(seen, Foliation((-9, 9)))) == TILT, "no two of nine tokens are nine apart"
 
 
 def test_only_positions_that_turn_keys_tilt():
@@ -312,15 +291,15 @@ def test_only_positions_that_turn_keys_tilt():
         ([KeyNorm()], set()),
         ([KeyNorm(), RoPE()], set()),
     ):
-        assert told(found(capture(model(positions=positions), words(7)))) == leaves | keys, positions
-    assert told(found(capture(model(positions=[RoPE()]), words(7)), Foliation(()))) == leaves | GRADIENTS
+        assert names(found(capture(model(positions=positions), words(7)))) == leaves | keys, positions
+    assert names(found(capture(model(positions=[RoPE()]), words(7)), Foliation(()))) == leaves | GRADIENTS
     for kernel, missing in (
         (Linear(), {"fol.gap_nats"}),
         (Hardmax(), {"fol.gap_nats"}),
         (Sigmoid(), set()),
         (L2(), leaves | keyed),
     ):
-        assert told(found(capture(model(kernel=kernel), words(7)))) == (leaves | keyed) - missing
+        assert names(found(capture(model(kernel=kernel), words(7)))) == (leaves | keyed) - missing
     assert leaves | keyed | turned == set(Foliation.keys)
 
 
@@ -373,25 +352,6 @@ def test_other_kinds_of_blocks():
     rows = found(capture(model(arrangement=Parallel(), ffn=GELU()), words(9)))
     assert {row.point for row in rows} == {"block"} and {row.layer for row in rows} == {0, 1}
     assert found(Trajectory.from_clouds(torch.randn(3, 2, 5, 8))) == [], "no model, no queries"
-
-
-def test_chunks_are_the_whole_and_nothing_is_touched():
-    torch.manual_seed(0)
-    for dtype, positions in itertools.product((torch.float64, torch.float32), ([RoPE()], [])):
-        net, tokens = model(dtype=dtype, positions=positions), words(11, batch=6)
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        state = torch.get_rng_state()
-        whole = found(capture(net, tokens))
-        pieces = found([capture(net, some) for some in tokens.split([1, 3, 2])])
-        for one, two in zip(whole, pieces, strict=True):
-            assert one[:3] == two[:3] and one[6:8] == two[6:8] and one[10:] == two[10:]
-            for first, second in zip((*one[3:6], *one[8:10]), (*two[3:6], *two[8:10]), strict=True):
-                assert (first is None) == (second is None)
-                assert first is None or first == pytest.approx(second, rel=1e-9 if dtype == torch.float64 else 1e-3, abs=1e-5)
-        assert found(capture(net, tokens)) == whole
-        assert torch.equal(state, torch.get_rng_state())
-        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-        assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_degenerate_prompts_are_undefined_not_wrong():

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from builders import model, words
+from builders import model, told, words
 from torch import Tensor
 from torch.nn import functional
 
-from emformer.block import Parallel, Step
+from emformer.block import Step
 from emformer.ffn import GELU
 from emformer.model import Emformer
 from emformer.norms import LayerNorm
@@ -23,15 +23,7 @@ from emformer.trajectory import Trajectory, capture
 
 
 def found(trajectories: Trajectory | Sequence[Trajectory]) -> list[Row]:
-    observation = Lens().begin()
-    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
-        observation.update(one)
-    rows = observation.rows()
-    assert len({(row[:3], row[10:]) for row in rows}) == len(rows), "every row has a place of its own"
-    for row in rows:
-        assert row.key.removesuffix(".undefined") in Lens.keys and row.head is row.param is None
-        assert all(value is None or math.isfinite(value) for value in (*row[3:6], *row[8:10])), row
-    return rows
+    return told(Lens(), trajectories)
 
 
 def only(rows: list[Row], key: str, layer: int | None = None, point: str | None = None) -> Row:
@@ -147,24 +139,6 @@ def test_logits_are_made_some_tokens_at_a_time(monkeypatch):
             assert one[:3] == two[:3] and one.n_valid == two.n_valid == 5
             assert one.mean == pytest.approx(two.mean, rel=1e-4, abs=1e-5)
         assert max(sizes) <= max(bytes_, 44) and len(sizes) == 5 * calls, "one state at a time, each once"
-
-
-def test_chunks_are_the_whole_and_nothing_is_touched():
-    torch.manual_seed(0)
-    for dtype in (torch.float64, torch.float32):
-        net, tokens = model(dtype=dtype, arrangement=Parallel(), ffn=GELU()), words(9, batch=6)
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        state = torch.get_rng_state()
-        whole = found(capture(net, tokens))
-        pieces = found([capture(net, some) for some in tokens.split([1, 3, 2])])
-        for one, two in zip(whole, pieces, strict=True):
-            assert one[:3] == two[:3] and one[6:] == two[6:]
-            for first, second in zip(one[3:6], two[3:6], strict=True):
-                assert (first is None) == (second is None)
-                assert first is None or first == pytest.approx(second, rel=1e-9 if dtype == torch.float64 else 1e-3, abs=1e-5)
-        assert found(capture(net, tokens)) == whole
-        assert torch.equal(state, torch.get_rng_state())
-        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
 def test_other_kinds_of_models_and_prompts():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from builders import model, words
+from builders import model, told, words
 from torch import Tensor
 
 from emformer.block import Parallel
@@ -24,10 +24,7 @@ from emformer.trajectory import Trajectory, capture
 
 
 def found(trajectories: Trajectory | Sequence[Trajectory]) -> list[Row]:
-    observation = Signal().begin()
-    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
-        observation.update(one)
-    return observation.rows()
+    return told(Signal(), trajectories)
 
 
 def only(rows: list[Row], key: str, at: tuple[int, str] = (0, "attn"), head: int | None = None, param: str | None = None) -> Row:
@@ -155,17 +152,3 @@ def test_degenerate_prompts_are_finite_or_undefined():
             for tokens in (words(1), torch.zeros(2, 9, dtype=torch.long), words(9, batch=1)):
                 for row in found(capture(net, tokens)):
                     assert all(value is None or math.isfinite(value) for value in (row.mean, row.sd, row.null, row.null_sd)), row
-
-
-def test_chunks_are_the_whole():
-    torch.manual_seed(0)
-    for dtype in (torch.float64, torch.float32):
-        net, tokens, state = model(dtype=dtype, ffn=GELU()), words(10, batch=6), torch.get_rng_state()
-        whole, chunked = found(capture(net, tokens)), found([capture(net, some) for some in tokens.split([1, 3, 2])])
-        assert len(whole) == len(chunked)
-        for one, two in zip(whole, chunked, strict=True):
-            assert one[:3] == two[:3] and one[6:8] == two[6:8] and one[10:] == two[10:]
-            for first, second in zip((*one[3:6], *one[8:10]), (*two[3:6], *two[8:10]), strict=True):
-                assert (first is None) == (second is None)
-                assert first is None or first == pytest.approx(second, rel=1e-9 if dtype == torch.float64 else 1e-3, abs=1e-6)
-        assert found(capture(net, tokens)) == whole and torch.equal(state, torch.get_rng_state())

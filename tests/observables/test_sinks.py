@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import model, words
+from builders import model, only, told, words
 from torch import Tensor
 
 from emformer import parts
@@ -33,29 +33,14 @@ CONTENTS = {"sink.share", "sink.drain", "sink.value_cos"}
 
 
 def found(trajectories: Trajectory | Sequence[Trajectory], observable: Sinks | None = None) -> list[Row]:
-    observation = (observable or Sinks()).begin()
-    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
-        observation.update(one)
-    rows = observation.rows()
-    assert len({(row[:3], row[10:]) for row in rows}) == len(rows), "every row has a place of its own"
-    for row in rows:
-        assert row.key.removesuffix(".undefined") in Sinks.keys
-        assert all(value is None or math.isfinite(value) for value in (*row[3:6], *row[8:10])), row
-    return rows
-
-
-def only(
-    rows: list[Row], key: str, head: int | None = None, layer: int | None = 0, param: str | None = None, cloud: str = "raw"
-) -> Row:
-    (row,) = [r for r in rows if (r.key, r.head, r.layer, r.param, r.cloud) == (key, head, layer, param, cloud)]
-    return row
+    return told(observable or Sinks(), trajectories)
 
 
 def rate(rows: list[Row], head: int | None = None, layer: int | None = 0) -> Row:
     return only(rows, "attn.sink_rate", head, layer, "k=1")
 
 
-def told(rows: list[Row]) -> set[str]:
+def keys(rows: list[Row]) -> set[str]:
     return {row.key.removesuffix(".undefined") for row in rows}
 
 
@@ -169,9 +154,9 @@ def test_weights_that_do_not_sum_to_one():
         assert only(rows, "sink.unspent", 1).mean == pytest.approx(float((1 - a[:, 1].sum(-1)).mean()), abs=1e-9)
         lam = (a / a.sum(-1, keepdim=True))[..., 1:, 0]
         assert only(rows, "sink.mass", 1).mean == pytest.approx(float(lam[:, 1].mean()), abs=1e-9)
-    assert told(found(capture(model(kernel=Softmax()), words(12)))) == WEIGHTS | CONTENTS
+    assert keys(found(capture(model(kernel=Softmax()), words(12)))) == WEIGHTS | CONTENTS
     signed = found(capture(model(kernel=Linear()), words(12)))
-    assert told(signed) == CONTENTS, "negative weights are no shares"
+    assert keys(signed) == CONTENTS, "negative weights are no shares"
     assert WEIGHTS | CONTENTS | {"sink.unspent"} == set(Sinks.keys)
 
 
@@ -255,24 +240,6 @@ def test_memory_is_bounded():
 # Everything -----------------------------------------------------------------------------------------------------------
 
 
-def test_chunks_are_the_whole_and_nothing_is_touched():
-    torch.manual_seed(0)
-    for dtype in (torch.float64, torch.float32):
-        net, tokens = model(dtype=dtype, positions=[RoPE()]), words(11, batch=6)
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        state = torch.get_rng_state()
-        whole = found(capture(net, tokens))
-        pieces = found([capture(net, some) for some in tokens.split([1, 3, 2])])
-        for one, two in zip(whole, pieces, strict=True):
-            assert one[:3] == two[:3] and one[6:8] == two[6:8] and one[10:] == two[10:]
-            for first, second in zip((*one[3:6], *one[8:10]), (*two[3:6], *two[8:10]), strict=True):
-                assert (first is None) == (second is None)
-                assert first is None or first == pytest.approx(second, rel=1e-9 if dtype == torch.float64 else 1e-3, abs=1e-5)
-        assert found(capture(net, tokens)) == whole
-        assert torch.equal(state, torch.get_rng_state())
-        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-
-
 def test_degenerate_prompts_are_undefined_not_wrong():
     torch.manual_seed(0)
     net = model(norm=LayerNorm())
@@ -304,7 +271,7 @@ def test_other_kinds_of_trajectories():
     assert found(Trajectory.from_clouds(torch.randn(3, 2, 5, 8))) == [], "no model, no patterns"
     seen = capture(model(), words(9))
     seen.tokens = None
-    assert told(found(seen)) == (WEIGHTS | CONTENTS) - {"sink.value_cos"}
+    assert keys(found(seen)) == (WEIGHTS | CONTENTS) - {"sink.value_cos"}
 
 
 def test_settings():

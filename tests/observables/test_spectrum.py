@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from builders import model, words
+from builders import model, told, words
 
 from emformer.block import Parallel
 from emformer.ffn import GELU
@@ -24,15 +24,7 @@ from emformer.trajectory import Trajectory, capture
 
 
 def found(trajectories: Trajectory | Sequence[Trajectory]) -> list[Row]:
-    observation = Spectrum().begin()
-    for one in [trajectories] if isinstance(trajectories, Trajectory) else trajectories:
-        observation.update(one)
-    rows = observation.rows()
-    assert len({(row[:3], row[10:]) for row in rows}) == len(rows), "every row has a place of its own"
-    for row in rows:
-        assert row.key in Spectrum.keys and row.cloud == ("read" if row.key == "spec.rho_A" else "raw")
-        assert all(value is None or math.isfinite(value) for value in (*row[3:6], *row[8:10])), row
-    return rows
+    return told(Spectrum(), trajectories)
 
 
 def only(rows: list[Row], key: str, param: str | None, head: int | None = None, layer: int = 0, point: str | None = None) -> Row:
@@ -152,24 +144,6 @@ def test_infinite_condition_numbers_are_counted():
 def test_weights_of_unknown_mass_have_no_null_beside_the_stream():
     rows = found(capture(model(kernel=Sigmoid()), words(7)))
     assert only(rows, "spec.erank_A", "A").null is not None and only(rows, "spec.erank_A", "I+A").null is None
-
-
-def test_chunks_are_the_whole_and_nothing_is_touched():
-    torch.manual_seed(0)
-    for dtype in (torch.float64, torch.float32):
-        net, tokens = model(dtype=dtype, ffn=GELU()), words(9, batch=6)
-        before = {name: value.clone() for name, value in net.state_dict().items()}
-        state = torch.get_rng_state()
-        whole = found(capture(net, tokens))
-        pieces = found([capture(net, some) for some in tokens.split([1, 3, 2])])
-        for one, two in zip(whole, pieces, strict=True):
-            assert one[:3] == two[:3] and one[6:9] == two[6:9] and one[10:] == two[10:]
-            for first, second in zip(one[3:6], two[3:6], strict=True):
-                assert (first is None) == (second is None)
-                assert first is None or first == pytest.approx(second, rel=1e-9 if dtype == torch.float64 else 1e-3, abs=1e-5)
-        assert found(capture(net, tokens)) == whole
-        assert torch.equal(state, torch.get_rng_state())
-        assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
 def test_degenerate_prompts_are_undefined_not_wrong():
