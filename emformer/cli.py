@@ -1,4 +1,4 @@
-"""The command line: fit, validate, generate, info, records.
+"""The command line, one function a command.
 
 This module alone imports inside its functions: torch takes more than a second, and help should not wait for it.
 """
@@ -29,6 +29,10 @@ commands
   generate   continue a text with a trained model
   info       operators, parameters, decode cache and FLOPs of a configuration or a run
   records    what the callbacks recorded while runs trained
+  convert    a run as a folder to share, somebody's GPT-2, Llama, NeoX or BERT as M and F, a model as GPT-2 or Llama
+  analyze    measure a run, a checkpoint or somebody's model on a text, with everything that can be recorded
+  compare    what was recorded of several runs side by side, with intervals of the differences
+  report     one HTML file of a run, an analysis, or several
 
 first steps
   emformer fit -c configs/default.yaml --run runs/default
@@ -195,7 +199,8 @@ def _info(arguments: Sequence[str]) -> None:
 
         loaded = load(options.run, options.which)
         settings, vocab = loaded.config, loaded.model.vocab
-        print(f"{loaded.path}, step {loaded.step}, vocabulary {vocab:,}\n")
+        since = f"step {loaded.step}" if loaded.family == "emformer" else f"family {loaded.family}"
+        print(f"{loaded.path}, {since}, vocabulary {vocab:,}\n")
     else:
         parser = settings_parser(
             "emformer info",
@@ -264,6 +269,181 @@ def _records(arguments: Sequence[str]) -> None:
         print("\nwrote " + ", ".join(written))
 
 
+def _convert(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer convert",
+        description="Write a model as a folder of config.json, model.safetensors and tokenizer.json. The source is a run, a "
+        "checkpoint, a folder that holds a model, or its name on the Hugging Face hub: ours, or GPT-2, Llama, NeoX or BERT, "
+        "whose heads become M and F with the same logits. --to emformer keeps every model, and all commands read such a folder. "
+        "--to gpt2 and --to llama write what transformers loads with equal logits, for a model that fits: GPT-2 has LayerNorm, "
+        "GELU, learned positions or none, and heads d/H wide, to which wider operators are cut with the error printed; Llama has "
+        "RMSNorm, RoPE, SwiGLU, and heads of any width. What does not fit is refused by name. "
+        "In Python: emformer.load, emformer.export, emformer.push, emformer.pull.",
+        epilog="examples:  emformer convert runs/default shared/default  |  emformer convert gpt2 models/gpt2  |  "
+        "emformer convert runs/gpt2 exported --to gpt2 --dtype bfloat16",
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a run, a checkpoint file, a folder of a model, or a name on the hub")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; it appears whole or not at all")
+    parser.add_argument("--to", choices=("emformer", "gpt2", "llama"), default="emformer", help="the format (default: emformer)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16"), help="of the weights (default: as they are; of others float32)"
+    )
+    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
+    parser.add_argument("--push", metavar="NAME", help="then put the folder on the hub, as owner/name")
+    parser.add_argument("--private", action="store_true", help="with --push: a repository that others do not see")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it holds a model and nothing else")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts, if you trust it")
+    options = _options(parser, arguments)
+    if options.private and not options.push:
+        raise UserError("--private is about the repository that --push NAME makes; name one, or leave it out.")
+    from pathlib import Path
+
+    import torch
+
+    from emformer.interop import hub, own
+    from emformer.interop.export import export
+    from emformer.interop.summary import summary
+    from emformer.records import load
+
+    out = Path(options.out)
+    if Path(options.source).resolve().is_relative_to(out.resolve()) and Path(options.source).exists():
+        raise UserError(f"{out} is, or holds, what is to be converted; name another folder to write to.")
+    own.check_free(out, options.overwrite)
+    dtype = None if options.dtype is None else getattr(torch, options.dtype)
+    # narrowing is the last thing that happens, so that errors are told of the whole way
+    loaded = load(options.source, options.which, dtype if dtype == torch.float64 else None)
+    tokenizer = loaded.tokenizer if loaded.has_tokenizer else None
+    told = f"{'read':<11} {loaded.path}\n{summary(loaded.model, loaded.family)}\n{'wrote':<11} {out}"
+    if options.to == "emformer":
+        loaded.save(out, dtype=dtype, overwrite=options.overwrite)
+        modules = "".join(f" --import {module}" for module in foreign_modules(loaded.config))
+        next_ = f"emformer info {shlex.quote(str(out))}{modules}"
+    else:
+        report = export(loaded.model, tokenizer, out, options.to, dtype=dtype, overwrite=options.overwrite)
+        told += f"\n{report}"
+        next_ = f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+    if tokenizer is None:
+        told += f"\n{'note':<11} the source has no tokenizer that is known, so none was written"
+    print(told)
+    if options.push:
+        print(f"{'pushed':<11} {hub.push(out, options.push, private=options.private or None)}")
+    print(f"\nnext\n  {next_}")
+
+
+def _analyze(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer analyze",
+        description="Measure a model on a text with everything that callbacks can record, costly observables included, and write "
+        "a folder of records, figures and a report. Without --text and --corpus a run is shown its own validation text. Cheap "
+        "observables see the whole text, costly ones a fair sample of its first prompts; memory does not grow with the text. "
+        "Killed at any moment, the same command continues it. In Python: emformer.analyze('runs/default', text='novel.txt').",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "source", metavar="RUN|CHECKPOINT|HF", help="a run folder, a checkpoint file, a Hugging Face folder or name"
+    )
+    parser.add_argument("--text", metavar="FILE", help="a text file or glob")
+    parser.add_argument("--corpus", metavar="NAME", help="a corpus by name, as Grammar or PythonDocs")
+    parser.add_argument("--out", metavar="DIR", help="the folder (default: analyses/SOURCE-TEXT)")
+    parser.add_argument(
+        "--observables", metavar="FAMILIES", default="all", help="all, or families as flow,clustering (default: all)"
+    )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="WHICH",
+        default="last",
+        help="of a run: last, best, all that were kept, or steps, as 100,200 (default: last)",
+    )
+    parser.add_argument("--tokens", type=_positive, default=None, help="read so many at most (default: the whole text)")
+    parser.add_argument(
+        "--length", type=_positive, default=None, help="tokens of a prompt (default: 128, or the model's context)"
+    )
+    parser.add_argument("--batch", type=_positive, default=None, help="prompts at once (default: 4,096 tokens or 512 MB)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the order in which the text is read (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the model runs (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", help="remove an analysis that is in the folder and begin anew")
+    parser.add_argument("--no-report", dest="report", action="store_false", help="write no report.html")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts, if you trust it")
+    options = vars(_options(parser, arguments))
+    del options["modules"]
+    from emformer.listing import overview
+    from emformer.observables.frame import catalogue
+    from emformer.recordings import read_records
+    from emformer.records import Run
+    from emformer.studies import analyze
+
+    folder = Run(analyze(**options))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(overview(read_records(folder.path), catalogue(), width))
+    written = [path for path in (folder.records, folder.parquet, folder.figures, folder.report) if path.exists()]
+    print("\nwrote " + ", ".join(map(str, written)))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer compare",
+        description="The same observables of several runs or analyses side by side, and the differences to the first with 95 % "
+        "intervals (Welch): of each key the plainest row of the last step, or every row of --key and --family. A star marks what "
+        "differs at a false discovery rate of 5 % (Benjamini and Hochberg) among all rows compared. What has no error has no "
+        "interval; runs on the same prompts vary together, and their intervals are wider than they need be. "
+        "In Python: emformer.compare(['runs/a', 'runs/b']).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="run or analysis folders, or a glob in quotes; first the baseline")
+    parser.add_argument("--key", action="append", default=[], help="compare every row of this key; may be given several times")
+    parser.add_argument("--family", action="append", default=[], help="compare every key of this family, as flow")
+    parser.add_argument("--step", type=int, default=None, help="of training (default: of each key its last one)")
+    parser.add_argument("--csv", metavar="FILE", help="write all rows that are compared as CSV")
+    parser.add_argument("--report", metavar="FILE", help="write an HTML report of these runs, see emformer report")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own observables")
+    options = _options(parser, arguments)
+    if options.csv and options.csv.endswith((".jsonl", ".parquet")):
+        raise UserError(f"--csv {options.csv} would overwrite records or look like them; name it .csv.")
+    from emformer.comparison import compare, remarks
+    from emformer.listing import compared, select
+    from emformer.observables.frame import catalogue
+    from emformer.recordings import read_records
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        read, known = read_records(options.runs), catalogue()
+    for note in notes:
+        print(f"emformer: {note.message}", file=sys.stderr)
+    found = compare(select(read, options.key, options.family, known), step=options.step)
+    print(compared(found, known, whole=bool(options.key or options.family)))
+    print("\n" + "\n".join(remarks(found)))
+    written = []
+    if options.csv:
+        found.to_csv(options.csv, index=False)
+        written.append(options.csv)
+    if options.report:
+        from emformer.report import write
+
+        written.append(str(write(list(read["run"].unique()), options.report)))
+    if written:
+        print("\nwrote " + ", ".join(written))
+
+
+def _report(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer report",
+        description="One HTML file that needs nothing else, not even a network: the token cloud moving through the layers, "
+        "breathing and speed over training, clusters and their merges, attention and its leaves, spectra, the logit lens, every "
+        "number recorded and what it means. Of several runs: their differences. In Python: emformer.report.write('runs/a').",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", help="a run or an analysis folder; of several the first is the baseline"
+    )
+    parser.add_argument("--out", metavar="FILE", help="the file (default: report.html in the folder; of several, in this one)")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts, if you trust it")
+    options = _options(parser, arguments)
+    from emformer.report import write
+
+    print(f"wrote {write(options.runs, options.out)}")
+
+
 class _Parser(argparse.ArgumentParser):
     """Mistakes become one sentence; options are not abbreviated."""
 
@@ -274,7 +454,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser(command: str, description: str) -> argparse.ArgumentParser:
     """A parser for a command on a run."""
     parser = _Parser(f"emformer {command}", description=description, allow_abbrev=False)
-    parser.add_argument("run", help="a run folder or a checkpoint file")
+    parser.add_argument("run", help="a run folder, a checkpoint file, a folder that holds a model, or a name on the hub")
     parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
     parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts, if you trust it")
     return parser
@@ -317,6 +497,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": _generate,
     "info": _info,
     "records": _records,
+    "convert": _convert,
+    "analyze": _analyze,
+    "compare": _compare,
+    "report": _report,
 }
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from emformer.parts import UserError
 from emformer.settings import Settings
 
 _HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "placements", "block", "text", "observables", "training")
+LARGEST, DEEPEST = 100_000, 100  # of plain data that may be settings
 
 
 def settings_parser(prog: str, description: str, also: Sequence[str] = ()) -> ArgumentParser:
@@ -53,7 +54,10 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     for path in _files(arguments):
         read_yaml(path)
     try:
-        return parser.instantiate(parser.parse_args(list(arguments)))
+        found = parser.instantiate(parser.parse_args(list(arguments)))
+        for name in Settings.__dataclass_fields__:
+            _check_nulls(getattr(found, name, None), name)
+        return found
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         raise UserError(explain(error, parser)) from error
 
@@ -69,11 +73,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         where = f" line {mark.line + 1}" if mark else ""
         what = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{path}{where} is not valid YAML: {what}.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"{path} is nested too deeply to be a settings file.") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a settings file: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings: it should map names such as 'model' to values.")
+    _check_size(content, str(path))
     return content
+
+
+def _check_size(content: Any, where: str) -> None:
+    """Raise unless the data is a tree of at most `LARGEST` values and `DEEPEST` levels: a file of a few lines may refer to
+    itself so often, or so, that walking through it never ends."""
+    open_, count = [(content, 0)], 0
+    while open_:
+        one, depth = open_.pop()
+        if depth > DEEPEST:
+            raise UserError(f"{where}: nested more than {DEEPEST} levels deep, which settings never are.")
+        for item in one.values() if isinstance(one, dict) else one:
+            count += 1
+            if count > LARGEST:
+                raise UserError(f"{where}: more than {LARGEST:,} values are no settings.")
+            if isinstance(item, dict | list | tuple):
+                open_.append((item, depth + 1))
 
 
 def _files(arguments: Sequence[str]) -> Iterator[str]:
@@ -95,12 +118,16 @@ def revive(plain: dict[str, Any]) -> Settings:
         UserError: for unknown classes, keys or types.
     """
     load_parts()
+    if isinstance(plain, dict):
+        _check_size(plain, "settings")
     _check_trust(plain, Settings, "settings")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Settings, nested_key=None, as_group=False)
     try:
-        return Settings(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(plain)))))
-    except (ArgumentError, TypeError, ValueError, KeyError, AttributeError) as error:
+        found = Settings(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(plain)))))
+        _check_nulls(found, "settings")
+        return found
+    except (ArgumentError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(explain(error, parser)) from error
 
 
@@ -128,6 +155,23 @@ def _check_trust(value: Any, hint: Any, where: str) -> None:
         hints = get_type_hints(hint)
         for key, item in value.items() if isinstance(value, dict) else ():
             _check_trust(item, hints.get(key), f"{where}.{key}")
+
+
+def _check_nulls(value: Any, where: str) -> None:
+    """Raise for a null where the type has none: the parser lets it pass."""
+    if isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_nulls(item, f"{where}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_nulls(item, f"{where}.{key}")
+    elif is_dataclass(value):
+        hints = get_type_hints(type(value))
+        for one in fields(value):
+            item = getattr(value, one.name)
+            if item is None and type(None) not in get_args(hints[one.name]) and hints[one.name] is not Any:
+                raise UserError(f"{where}.{one.name} is null, which it cannot be.")
+            _check_nulls(item, f"{where}.{one.name}")
 
 
 def _loaded_class(path: str, where: str) -> type:

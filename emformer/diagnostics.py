@@ -100,6 +100,34 @@ def effective(block: Block) -> Effective:
     return Effective(m, u, f, drift, w, constant, shift)
 
 
+class Factors(NamedTuple):
+    """The effective operators of one layer by the rows of their factors, in float64: M_h = form_left_h^T form_right_h (H, r, d),
+    F_h likewise, r the width of the factors and at most d."""
+
+    form_left: Tensor
+    form_right: Tensor
+    content_left: Tensor
+    content_right: Tensor
+
+
+@torch.no_grad()
+def factors(block: Block) -> Factors:
+    """`effective` without multiplying out: M_eff = (A^T L) (A^T R)^T and F_eff = L (A^T R)^T. Cost H r d^2."""
+    attention = block.attention
+    form, content = _doubled(nn.ModuleList([attention.form, attention.content]))
+    assert isinstance(form, Operator) and isinstance(content, Operator)
+    told: list[Tensor] = []
+    for operator in (form, content):
+        left, right = operator.left_rows(), operator.right_rows()
+        if right is None:
+            right = torch.eye(operator.dim, dtype=left.dtype, device=left.device).unsqueeze(0)
+        if block.read_attn is not None:
+            a, _ = _affine(block.read_attn, left)
+            left, right = left @ a if operator is form else left, right @ a
+        told += [left.detach(), right.repeat_interleave(operator.heads // len(right), 0).detach()]
+    return Factors(*told)
+
+
 class Diagnosis(NamedTuple):
     """One head, on effective operators, in float64. `_form` is of M, `_content` of F.
 
@@ -282,16 +310,7 @@ def _cores(block: Block) -> tuple[Tensor, Tensor, int]:
     if 2 * (form.rank + content.rank) >= form.dim:
         folded = effective(block)
         return folded.form, folded.content, form.rank
-    wide = _doubled(nn.ModuleList([form, content]))
-    rows: list[Tensor] = []
-    for operator, folds_left in zip(wide, (True, False), strict=True):
-        assert isinstance(operator, Operator)
-        left, right = operator.left_rows(), operator.right_rows()
-        assert right is not None  # else r = d
-        if block.read_attn is not None:
-            a, _ = _affine(block.read_attn, left)
-            left, right = left @ a if folds_left else left, right @ a
-        rows += [left, right.repeat_interleave(operator.heads // operator.groups, 0)]
+    rows = factors(block)
     basis = torch.linalg.qr(torch.cat(rows, 1).mT, mode="r").R
     ml, mr, fl, fr = basis.split([len(piece[0]) for piece in rows], -1)
     return ml @ mr.mT, fl @ fr.mT, form.rank

@@ -19,6 +19,8 @@ from emformer.training.data import ValidationBatches, read_text
 from emformer.training.learner import nll
 from emformer.training.objectives import IGNORE
 
+LOGITS = 2**27  # at once: 512 MB in float32, so that 1,024 tokens of 50,257 words each go through two windows at a time
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -49,7 +51,7 @@ def evaluate(loaded: Loaded, text: str | None = None, batch: int = 32) -> Evalua
     Args:
         loaded: from `emformer.load`.
         text: file or glob; None for the run's own validation split.
-        batch: windows at once.
+        batch: windows at once; fewer where the logits of so many would not fit into memory.
 
     Raises:
         UserError: for a text that is missing, binary or shorter than a window, and if the run's corpus no longer gives its
@@ -73,6 +75,9 @@ def evaluate(loaded: Loaded, text: str | None = None, batch: int = 32) -> Evalua
         bytes_per_token = sum(len(document.encode()) for document in documents) / max(1, len(tokens))
     windows = Windows(tokens, settings.model.context, 0)
     vocab = vocabulary(loaded.tokenizer)
+    if vocab + objective.extra_tokens > loaded.model.vocab:
+        raise UserError(f"{loaded.path}: its tokenizer has no mask token, and its model no id to stand for one.")
+    batch = max(1, min(batch, LOGITS // (settings.model.context * loaded.model.vocab)))
     batches = ValidationBatches(windows, objective, vocab, batch, None)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = loaded.model.to(device)

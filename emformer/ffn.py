@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,26 +22,46 @@ class _Sizes:
         expansion: width of the hidden layer in units of d, rounded up to a multiple of 8.
         bias: learn biases.
         update_std: factor on the output at initialisation (1/sqrt(2 depth) keeps the stream's variance flat).
+        hidden: the width itself, instead of an expansion; null for none.
     """
 
     expansion: float = 4.0
     bias: bool = False
     update_std: float = 1.0
+    hidden: int | None = None
 
     def __post_init__(self) -> None:
         if self.expansion <= 0:
             raise UserError(f"{type(self).__name__}: expansion is {self.expansion}; choose a positive number such as 4.")
+        if self.hidden is not None and self.hidden < 1:
+            raise UserError(f"{type(self).__name__}: hidden is {self.hidden}; choose at least 1, or null for an expansion.")
 
     def width(self, dim: int) -> int:
-        return 8 * math.ceil(round(self.expansion * dim, 6) / 8)
+        return self.hidden or 8 * math.ceil(round(self.expansion * dim, 6) / 8)
 
 
 @dataclass(frozen=True)
 class GELU(_Sizes, parts.FFN):
     """W_2 gelu(W_1 x), the tanh form of GPT-2."""
 
+    @classmethod
+    def examples(cls) -> Sequence[GELU]:
+        return [cls(), cls(bias=True, hidden=13)]
+
     def build(self, dim: int) -> nn.Module:
         return _Plain(dim, self.width(dim), self.bias, self.update_std, _gelu)
+
+
+@dataclass(frozen=True)
+class ExactGELU(_Sizes, parts.FFN):
+    """W_2 gelu(W_1 x) with gelu(x) = x Phi(x) itself, Phi the normal distribution's, as in BERT and NeoX."""
+
+    @classmethod
+    def examples(cls) -> Sequence[ExactGELU]:
+        return [cls(), cls(bias=True, hidden=13)]
+
+    def build(self, dim: int) -> nn.Module:
+        return _Plain(dim, self.width(dim), self.bias, self.update_std, functional.gelu)
 
 
 @dataclass(frozen=True)
@@ -56,6 +77,10 @@ class SwiGLU(_Sizes, parts.FFN):
     """W_2 (silu(W_g x) * W_1 x). Three matrices: expansion 8/3 has the parameters of the others at 4."""
 
     expansion: float = 8 / 3
+
+    @classmethod
+    def examples(cls) -> Sequence[SwiGLU]:
+        return [cls(), cls(bias=True, hidden=13)]
 
     def build(self, dim: int) -> nn.Module:
         return _Gated(dim, self.width(dim), self.bias, self.update_std)

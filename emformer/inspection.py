@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from emformer.model import Emformer
+from emformer.parts import Mask
 from emformer.settings import Model
 
+TABLE = 2**24  # pairs of a query and a key that are looked at in one go
 FLASH_WIDTH = 256  # widest head that the flash kernels of GPUs take
 
 
@@ -73,12 +75,14 @@ def costs(vocab: int, settings: Model) -> Costs:
     """Count what a model of these settings would hold and compute. Built without memory, on the meta device."""
     with torch.device("meta"):
         model = Emformer(vocab, **vars(settings))
+    seen: dict[Mask, float] = {}
     layers = []
     for index in range(settings.depth):
         block, own = model.layer(index), settings.layer(index)
         attention = block.attention
-        i = torch.arange(settings.context)
-        visible = float(own.mask.visible(i[:, None], i[None, :]).sum()) / settings.context
+        if own.mask not in seen:
+            seen[own.mask] = _visible(own.mask, settings.context)
+        visible = seen[own.mask]
         form, content = attention.form, attention.content
         extra = 0 if attention.whole else 1  # the mass of the weights goes through the kernel as one more content
         kernel = attention.kernel.macs(settings.context, visible, form.rank, content.rank + extra)
@@ -105,8 +109,19 @@ def costs(vocab: int, settings: Model) -> Costs:
         layers,
         parameters=sum(p.numel() for p in model.parameters()),
         embedding_parameters=sum(embedding.values()),
-        unembedding=vocab * settings.dim,
+        unembedding=vocab * settings.dim + (0 if settings.embedding.transform is None else settings.dim**2),
     )
+
+
+def _visible(mask: Mask, context: int) -> float:
+    """Mean number of keys that a query sees."""
+    if mask.shape == "full":
+        return float(context)
+    if mask.shape == "triangle":
+        return (context + 1) / 2
+    i = torch.arange(context)
+    some = i.split(max(1, TABLE // context))  # contexts of 100,000 tokens and more are usual
+    return sum(int(mask.visible(part[:, None], i[None, :]).sum()) for part in some) / context
 
 
 def table(found: Costs, settings: Model) -> str:

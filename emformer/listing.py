@@ -1,4 +1,4 @@
-"""What was recorded, as text: an overview by key, and a key by layer and step."""
+"""What was recorded, as text: an overview by key, a key by layer and step, and runs side by side."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ def overview(records: pd.DataFrame, known: Mapping[str, Key], width: int | None 
         steps = rows["step"].dropna().unique()
         table = [["key", "steps", "layers", "last", "", "null", "n", "at", "" if not known else "what it is"]]
         for key, own in rows.groupby("key", sort=False):
-            newest = own[own["step"] == own["step"].max()].to_dict("records") or own.to_dict("records")
-            last, layers = max(reversed(newest), key=_plainness), sorted(int(layer) for layer in own["layer"].dropna().unique())
-            line = [str(key), str(own["step"].nunique()), _span(layers), *_cells(last), _place(last)]
-            table.append([*line, _definition(str(key), known)])
+            last, layers = plainest(own), sorted(int(layer) for layer in own["layer"].dropna().unique())
+            line = [str(key), str(own["step"].nunique()), _span(layers), *_cells(last), place_of(last)]
+            table.append([*line, definition(str(key), known)])
         at = f" at {len(steps)} steps, {min(steps)} to {max(steps)}" if len(steps) > 1 else ""
         lines = _aligned(table, "<><><>><<")
         lines = [line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines]
@@ -70,15 +69,52 @@ def by_layer(records: pd.DataFrame, known: Mapping[str, Key]) -> str:
         shown = [steps[round(k * (len(steps) - 1) / max(1, count - 1))] for k in range(count)]
         places: dict[str, dict[int, Mapping[Hashable, Any]]] = {}
         for row in rows[rows["step"].isin(shown)].sort_values("layer", kind="stable").to_dict("records"):
-            places.setdefault(_place(row), {})[row["step"]] = row
+            places.setdefault(place_of(row), {})[row["step"]] = row
         table = [["", *map(str, shown), "", "null", "n"]]
         for place, found in places.items():
-            before = [_short(found[step]["mean"]) if step in found else "" for step in shown[:-1]]
+            before = [short(found[step]["mean"]) if step in found else "" for step in shown[:-1]]
             table.append([place, *before, *(_cells(found[shown[-1]]) if shown[-1] in found else [""] * 4)])
         some = f", {count} of {len(steps)} steps" if len(steps) > count else ""
-        head = [f"{key}  {_definition(str(key), known)}".rstrip(), f"{run}, by step{some}", ""]
+        head = [f"{key}  {definition(str(key), known)}".rstrip(), f"{run}, by step{some}", ""]
         told.append("\n".join([*head, *_aligned(table, "<" + ">" * count + "<>>")]))
     return "\n\n".join(told) or NO_ROWS
+
+
+def compared(found: pd.DataFrame, known: Mapping[str, Key], *, whole: bool) -> str:
+    """A frame of `emformer.comparison.compare` as a table: a line a place, the mean of the first run, and of each other its mean,
+    difference to the first and 95 % interval, with a star where q is at most 5 %. `whole`: every place; else of each key the
+    plainest that most runs have, as `overview` chooses it."""
+    runs = list(found["run"].unique())
+    table = [["key", "at", runs[0], *(cell for run in runs[1:] for cell in (run, "difference", "95 %", ""))]]
+    places = found[["key", *_PLACE]].astype(object).fillna("")
+    chosen: dict[Hashable, tuple[tuple[int, Any], list[str]]] = {}
+    for place, index in places.groupby(list(places.columns), sort=False).groups.items():
+        rows = {row["run"]: row for row in found.loc[index].to_dict("records")}
+        first = next(iter(rows.values()))
+        mean = short(rows[runs[0]]["mean"]) if runs[0] in rows else ""
+        line = [str(first["key"]), place_of(first), mean]
+        for run in runs[1:]:
+            line += _against(rows[run]) if run in rows else [""] * 4
+        name = place if whole else first["key"]
+        rank = len(rows), _plainness(first)
+        if name not in chosen or rank >= chosen[name][0]:
+            chosen[name] = rank, line
+    table += [line for _, line in chosen.values()]
+    lines = _aligned(table, "<<>" + ">><<" * (len(runs) - 1))
+    if whole and found["key"].nunique() == 1 and len(found):
+        lines.insert(0, f"{definition(str(found['key'].iloc[0]), known)}\n")
+    return "\n".join(lines)
+
+
+_PLACE = ("layer", "point", "head", "cloud", "param")
+
+
+def _against(row: Mapping[Hashable, Any]) -> list[str]:
+    """Mean, difference, its interval, and a star."""
+    if math.isnan(row["difference"]):
+        return [short(row["mean"]), "", "", ""]
+    span = "" if math.isnan(row["low"]) else f"[{short(row['low'], 2)}, {short(row['high'], 2)}]"
+    return [short(row["mean"]), f"{row['difference']:+.3g}", span, "*" if row["q"] <= 0.05 else ""]
 
 
 def _families(key: str, known: Mapping[str, Key]) -> set[str]:
@@ -86,10 +122,18 @@ def _families(key: str, known: Mapping[str, Key]) -> set[str]:
     return {key.partition(".")[0]} | ({own.family} if own else set())
 
 
-def _definition(key: str, known: Mapping[str, Key]) -> str:
+def definition(key: str, known: Mapping[str, Key]) -> str:
+    """What a key means, in a line; "" for one that is not `known`."""
     if key in known:
         return known[key].definition
     return f"share of tokens for which {key.removesuffix(UNDEFINED)} is undefined" if key.endswith(UNDEFINED) else ""
+
+
+def plainest(rows: pd.DataFrame) -> Mapping[Hashable, Any]:
+    """Of the rows of one key the one that stands for it: of the last step, without parameters (so of no control), of the raw
+    cloud, over all heads and layers, else of the deepest layer."""
+    newest = rows[rows["step"] == rows["step"].max()].to_dict("records") or rows.to_dict("records")
+    return max(reversed(newest), key=_plainness)
 
 
 def _plainness(row: Mapping[Hashable, Any]) -> tuple[int, bool, bool, float]:
@@ -97,7 +141,7 @@ def _plainness(row: Mapping[Hashable, Any]) -> tuple[int, bool, bool, float]:
     return -words, row["cloud"] == "raw", bool(pd.isna(row["head"])), math.inf if pd.isna(row["layer"]) else float(row["layer"])
 
 
-def _place(row: Mapping[Hashable, Any]) -> str:
+def place_of(row: Mapping[Hashable, Any]) -> str:
     """As "layer 3 attn head 0 centred k=4", without what is undefined; the raw cloud goes without saying."""
     words = ["all layers" if pd.isna(row["layer"]) else f"layer {row['layer']}", row["point"]]
     words += [row["head"] if pd.isna(row["head"]) else f"head {row['head']}", row["cloud"], row["param"]]
@@ -106,15 +150,15 @@ def _place(row: Mapping[Hashable, Any]) -> str:
 
 def _cells(row: Mapping[Hashable, Any]) -> list[str]:
     """Mean, ± standard error, null, and how many were valid."""
-    error = f"± {_short(row['se'], 2)}" if not math.isnan(row["se"]) else ""
-    null = "" if math.isnan(row["null"]) else _short(row["null"])
+    error = f"± {short(row['se'], 2)}" if not math.isnan(row["se"]) else ""
+    null = "" if math.isnan(row["null"]) else short(row["null"])
     if not math.isnan(row["null_sd"]):
-        null += f" ± {_short(row['null_sd'], 2)}"
+        null += f" ± {short(row['null_sd'], 2)}"
     n = f"{row['n_valid']}/{row['n_valid'] + row['n_dropped']}" if row["n_dropped"] else str(row["n_valid"])
-    return [_short(row["mean"]), error, null, n]
+    return [short(row["mean"]), error, null, n]
 
 
-def _short(value: float, digits: int = 3) -> str:
+def short(value: float, digits: int = 3) -> str:
     """Rounded to so many digits, from 1 to a billion without an exponent; undefined is a dash."""
     if math.isnan(value):
         return "–"

@@ -16,10 +16,14 @@ Shape = Literal["full", "triangle", "table"]
 
 
 class Visible(NamedTuple):
-    """What a kernel is told: `table` (T, S), true where the query may look; without a table, all or the lower triangle."""
+    """What a kernel is told: `table` (T, S), true where the query may look; without a table, all or the lower triangle.
+
+    `first`: the key that the first query stands at; None: the last queries stand at the last keys.
+    """
 
     table: Table | None
     triangle: bool = False
+    first: int | None = None
 
     def dense(self, queries: int, keys: int, device: torch.device) -> Table:
         """The table, made if need be. A triangle has as many queries as keys."""

@@ -48,13 +48,19 @@ class Emformer(nn.Module):
         nn.init.normal_(self.embedding.weight, std=settings.embedding.std)
         learned = settings.embedding.positions
         self.positions = None if learned is None else nn.Parameter(learned.std * torch.randn(settings.context, settings.dim))
+        norm = settings.embedding.norm
+        self.embedding_norm = None if norm is None else norm.build(settings.dim)
         self.dropout = nn.Dropout(settings.dropout) if settings.dropout else nn.Identity()
         self.enter = settings.layer(0).placement.enter(settings.dim)
         maps: dict[Any, nn.Module] = {}
         self.blocks = nn.ModuleList(_block(settings.layer(k), maps) for k in range(1 if settings.shared else settings.depth))
         closing = settings.layer(settings.depth - 1)
         self.norm = closing.norm.build(settings.dim) if closing.norm and closing.placement.closes else nn.Identity()
-        self.unembedding = nn.Linear(settings.dim, vocab, bias=False)
+        transform = settings.embedding.transform
+        self.transform = None if transform is None else _Transform(transform.norm, settings.dim)
+        self.unembedding = nn.Linear(settings.dim, vocab, bias=settings.embedding.bias)
+        if settings.embedding.bias:
+            nn.init.zeros_(self.unembedding.bias)
         if settings.embedding.tied:
             self.unembedding.weight = self.embedding.weight
         else:
@@ -65,10 +71,12 @@ class Emformer(nn.Module):
         return cast(Block, self.blocks[0 if self.settings.shared else index])
 
     def embed(self, tokens: Tokens, i: Index) -> Cloud:
-        """X^0: token vectors, with the learned positions of `i` where the model has them."""
+        """X^0: token vectors, with the learned positions of `i` and through the embedding's norm where the model has them."""
         x = self.embedding(tokens)
         if self.positions is not None:
             x = x + functional.embedding(i, self.positions)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         x = self.dropout(x)
         return x if self.enter is None else self.enter(x)
 
@@ -96,8 +104,9 @@ class Emformer(nn.Module):
         return self.layer(step.layer).pieces(step)[0]
 
     def unembed(self, x: Cloud) -> Logits:
-        """Logits of the state x, through the closing norm: on an earlier state, the logit lens."""
-        return self.unembedding(self.norm(x))
+        """Logits of the state x, through the closing norm and the head's transform: on an earlier state, the logit lens."""
+        x = self.norm(x)
+        return self.unembedding(x if self.transform is None else self.transform(x))
 
     def forward(self, tokens: Tokens) -> Logits:
         """Logits (B, T, V) of the next token at every position."""
@@ -185,6 +194,21 @@ class Emformer(nn.Module):
         """
         new = list(self.stream(tokens, count, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed))
         return torch.cat([tokens, torch.stack(new, 1)], 1) if new else tokens
+
+
+class _Transform(nn.Module):
+    """norm(gelu(W x + b)), with the exact gelu."""
+
+    def __init__(self, norm: parts.Norm | None, dim: int):
+        super().__init__()
+        self.dense = nn.Linear(dim, dim)
+        nn.init.normal_(self.dense.weight, std=dim**-0.5)
+        nn.init.zeros_(self.dense.bias)
+        self.norm = None if norm is None else norm.build(dim)
+
+    def forward(self, x: Cloud) -> Cloud:
+        x = functional.gelu(self.dense(x))
+        return x if self.norm is None else self.norm(x)
 
 
 # IPython and editors complete the fields of the settings

@@ -25,7 +25,22 @@ Role = Literal["form", "content"]
 
 
 class UserError(ValueError):
-    """A mistake of the user, told in one sentence: what, where, what to do. The command line exits with code 2."""
+    """A mistake of the user, told in one sentence: what, where, what to do. The command line exits with code 2.
+
+    What the sentence quotes may come from a damaged file: it is told in one line of at most `LONGEST` characters, and what a
+    terminal would not print, but obey, is spelt out.
+    """
+
+    LONGEST: ClassVar[int] = 1000
+
+    def __init__(self, message: str):
+        line = " ".join(message.split())
+        line = "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+        spare = len(line) - self.LONGEST
+        if spare > 0:
+            middle = self.LONGEST // 2
+            line = f"{line[:middle]} … {line[middle + spare :]}"
+        super().__init__(line)
 
 
 @dataclass(frozen=True)

@@ -36,11 +36,8 @@ class PositionMap(nn.Module, ABC):
 
 
 @dataclass(frozen=True)
-class RoPE(parts.Position):
-    """Rotary positions: s_ij = (R_i u) . (R_j v), R_p a rotation by the angle p w_k in plane k, w_k = base^(-2k/n).
-
-    Factored: s_ij = q^T U R_{j-i} V^T t. Dense: s_ij = q^T M R_{j-i} t, rotating the coordinate planes of E. The score
-    depends on j - i only; plane k pairs the coordinates k and k + n/2 of the first n = fraction * r. Source: math A.4.
+class _Turns:
+    """Fields that all rotary positions share.
 
     Args:
         base: of the frequencies; larger turns more slowly.
@@ -53,23 +50,97 @@ class RoPE(parts.Position):
     offset: int = 0
 
     def __post_init__(self) -> None:
+        name = type(self).__name__
         if not 0 < self.fraction <= 1:
-            raise UserError(f"RoPE: fraction is {self.fraction}; choose a share of the coordinates in (0, 1].")
+            raise UserError(f"{name}: fraction is {self.fraction}; choose a share of the coordinates in (0, 1].")
         if not 0 < self.base < math.inf:
-            raise UserError(f"RoPE: base is {self.base}; choose a positive number such as 10000.")
+            raise UserError(f"{name}: base is {self.base}; choose a positive number such as 10000.")
+
+    def width(self, rank: int) -> int:
+        """How many coordinates turn."""
+        width = round(rank * self.fraction, 9)  # 0.28 of 25 is 7
+        if width != int(width) or int(width) % 2 or not width:
+            raise UserError(
+                f"{type(self).__name__}: {self.fraction} of the rank {rank} is {width:g} coordinates, and they turn in pairs; "
+                "choose an even rank (for dense operators: an even dim) or another fraction."
+            )
+        return int(width)
+
+
+@dataclass(frozen=True)
+class RoPE(_Turns, parts.Position):
+    """Rotary positions: s_ij = (R_i u) . (R_j v), R_p a rotation by the angle p w_k in plane k, w_k = base^(-2k/n).
+
+    Factored: s_ij = q^T U R_{j-i} V^T t. Dense: s_ij = q^T M R_{j-i} t, rotating the coordinate planes of E. The score
+    depends on j - i only; plane k pairs the coordinates k and k + n/2 of the first n = fraction * r. Source: math A.4.
+    """
 
     @classmethod
     def examples(cls) -> Sequence[RoPE]:
         return [cls(), cls(base=100.0, fraction=0.5, offset=3)]
 
     def build(self, rank: int) -> Rotation:
-        width = rank * self.fraction
-        if width != int(width) or int(width) % 2:
-            raise UserError(
-                f"RoPE: {self.fraction} of the rank {rank} is {width:g} coordinates, and they turn in pairs; "
-                "choose an even rank (for dense operators: an even dim) or another fraction."
-            )
-        return Rotation(int(width), self.base, self.offset)
+        return Rotation(self.width(rank), self.base, self.offset)
+
+
+@dataclass(frozen=True)
+class InterpolatedRoPE(_Turns, parts.Position):
+    """RoPE at w_k/factor: positions are squeezed into the range that a model was trained on. Source: Chen et al. 2306.15595.
+
+    Args:
+        factor: how much slower every plane turns, positive.
+    """
+
+    factor: float = 2.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "factor")
+
+    @classmethod
+    def examples(cls) -> Sequence[InterpolatedRoPE]:
+        return [cls(), cls(base=100.0, fraction=0.5, offset=3, factor=4.0)]
+
+    def build(self, rank: int) -> Interpolation:
+        return Interpolation(self.width(rank), self.base, self.offset, self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3RoPE(_Turns, parts.Position):
+    """RoPE whose slow planes turn slower: w_k (t + (1 - t)/factor), t = (turns_k - low)/(high - low) cut to [0, 1], where
+    turns_k = original w_k/2 pi is how often plane k turns in the context that a model was trained on. As in Llama 3.1.
+
+    Args:
+        factor: how much slower planes turn that make fewer than `low` turns, positive.
+        low: turns of a plane in the original context up to which it is slowed fully.
+        high: turns from which on it is left as it is; above `low`.
+        original: length of the original context.
+    """
+
+    factor: float = 8.0
+    low: float = 1.0
+    high: float = 4.0
+    original: int = 8192
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("factor", "low", "original"):
+            _positive(self, name)
+        if not self.low < self.high < math.inf:
+            raise UserError(f"Llama3RoPE: high is {self.high} and low {self.low}; choose high above low.")
+
+    @classmethod
+    def examples(cls) -> Sequence[Llama3RoPE]:
+        return [cls(), cls(base=100.0, offset=3, original=50)]
+
+    def build(self, rank: int) -> Llama3Rotation:
+        return Llama3Rotation(self.width(rank), self.base, self.offset, self.factor, self.low, self.high, self.original)
+
+
+def _positive(part: _Turns, name: str) -> None:
+    value = getattr(part, name)
+    if not 0 < value < math.inf:
+        raise UserError(f"{type(part).__name__}: {name} is {value}; choose a positive number.")
 
 
 class Rotation(PositionMap):
@@ -100,14 +171,42 @@ class Rotation(PositionMap):
         """cos and sin of the angles at positions `index`: (T, n/2) each, in the dtype of `like`."""
         wide = torch.float32 if index.device.type == "mps" else torch.float64
         plane = torch.arange(0, self.width, 2, device=index.device, dtype=wide)
-        frequency = torch.exp(plane * (-math.log(self.base) / self.width))
+        frequency = self.slowed(torch.exp(plane * (-math.log(self.base) / self.width)))
         angle = (index + self.offset).to(wide)[:, None] * frequency
         return angle.cos().to(like.dtype), angle.sin().to(like.dtype)
+
+    def slowed(self, frequency: torch.Tensor) -> torch.Tensor:
+        """What becomes of the frequencies base^(-2k/n) (n/2,)."""
+        return frequency
 
     def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         half = self.width // 2
         a, b, *rest = x.split([half, half, x.shape[-1] - self.width] if self.width < x.shape[-1] else half, -1)
         return torch.cat([a * cos - b * sin, b * cos + a * sin, *rest], -1)
+
+
+class Interpolation(Rotation):
+    """Every plane `factor` times slower."""
+
+    def __init__(self, width: int, base: float, offset: int, factor: float):
+        super().__init__(width, base, offset)
+        self.factor = factor
+
+    def slowed(self, frequency: torch.Tensor) -> torch.Tensor:
+        return frequency / self.factor
+
+
+class Llama3Rotation(Rotation):
+    """Slow planes `factor` times slower, fast ones as they are, those between in between."""
+
+    def __init__(self, width: int, base: float, offset: int, factor: float, low: float, high: float, original: int):
+        super().__init__(width, base, offset)
+        self.factor, self.low, self.high, self.original = factor, low, high, original
+
+    def slowed(self, frequency: torch.Tensor) -> torch.Tensor:
+        turns = frequency * (self.original / (2 * math.pi))
+        kept = ((turns - self.low) / (self.high - self.low)).clamp(0, 1)
+        return frequency * (kept + (1 - kept) / self.factor)
 
 
 @dataclass(frozen=True)

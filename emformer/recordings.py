@@ -173,12 +173,12 @@ def _read_rows(path: Path) -> pd.DataFrame:
     rows = list(read_journal(path))
     try:
         return conform({name: [row.get(name) for row in rows] for name in COLUMNS})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} holds something other than records: {error}.") from error
 
 
 def _read_parquet(path: Path) -> pd.DataFrame:
     try:
         return conform(pd.read_parquet(path))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError, OverflowError) as error:  # of damaged metadata, too
         raise UserError(f"{path} cannot be read: it is damaged, or no Parquet; records.jsonl beside it can be.") from error

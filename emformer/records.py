@@ -21,7 +21,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,19 @@ import torch
 import yaml
 from tokenizers import Tokenizer
 
-from emformer import parts
+from emformer import interop, parts
 from emformer.configuration import load_parts, parse, read_yaml, revive, settings_parser
 from emformer.files import replaced
+from emformer.interop import hub, own
+from emformer.interop.config import read_config
+from emformer.interop.weights import hollow
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.settings import Settings
 from emformer.text import vocabulary
 
 FORMAT = 1
+MASKS = ("[MASK]", "<mask>")  # what the mask token is called
 
 
 class Journal:
@@ -253,62 +256,136 @@ def read_settings(path: str | Path, *more: str | Path) -> Settings:
     return Settings(**{name: value for name, value in vars(parse(settings_parser("", ""), words)).items() if name != "config"})
 
 
-@dataclass(frozen=True)
 class Loaded:
     """A model with what belongs to it.
 
-    `model` in eval mode on the CPU, `tokenizer`, `config` (the settings), `path` of the checkpoint, `step` it was saved at.
+    `model` in eval mode on the CPU, `config` (the settings), `path` of the checkpoint or folder, `step` it was saved at (0 where
+    that is not known), `family`: "emformer", or the model_type that it had in another library.
     """
 
-    model: Emformer
-    tokenizer: Tokenizer
-    config: Settings
-    path: Path
-    step: int
+    def __init__(
+        self, model: Emformer, tokenizer: Tokenizer | None, config: Settings, path: Path, step: int, family: str = "emformer"
+    ):
+        self.model, self.config, self.path, self.step, self.family = model, config, path, step, family
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `UserError` where the model came without one, see `has_tokenizer`."""
+        if self._tokenizer is None:
+            raise UserError(f"{self.path} came without a tokenizer, so it reads no text; put its tokenizer.json into the folder.")
+        return self._tokenizer
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self._tokenizer is not None
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
+        """Write a folder of model, tokenizer and settings that can be given away; `load` reads it. See `emformer.interop.own`."""
+        return own.save(self.model, self._tokenizer, self.config, folder, step=self.step, dtype=dtype, overwrite=overwrite)
 
 
-def load(source: str | Path, which: str | int = "last") -> Loaded:
-    """The model of a run folder or of a checkpoint file.
+def load(source: str | Path, which: str | int = "last", dtype: torch.dtype | None = None) -> Loaded:
+    """The model of a run folder, of a checkpoint file, of a folder that holds a model (ours, or as `transformers` writes GPT-2,
+    Llama, NeoX and BERT), or of a name on the Hugging Face hub.
+
+    A name is looked up where no path is called so; without a network the cache is asked, and what is missing is said within
+    three seconds. A model that came without a run has settings that are true of it: its own, what it was trained for, and its
+    tokenizer; the text it learned from is absent, so that only another one can be read.
 
     Args:
-        source: a run folder or a `.ckpt` file.
+        source: a run folder, a `.ckpt` file, a folder with a config.json, or a name as "gpt2" or "owner/name".
         which: in a run folder: "last", "best", or a step of which a checkpoint was kept.
+        dtype: of the weights; null for the type they were saved in by us, and float32 for those of others.
 
     Raises:
-        UserError: if there is none, or the file is truncated or no checkpoint of emformer. Checkpoints are read as data
-            (`weights_only`); no code in them is run.
+        UserError: if there is none, or the files are truncated or of a kind that is not read. Everything is read as data
+            (`weights_only`, safetensors, JSON); no code in it is run.
     """
-    path = _checkpoint(Path(source), which)
+    path = Path(source)
+    if not path.exists() and hub.is_name(str(source)):
+        try:
+            folder = hub.pull(str(source))
+        except UserError as error:
+            raise UserError(f"{source} does not exist here; and as a name on the hub: {error}") from error
+        return _load_folder(folder, str(source), dtype)
+    if (path / own.CONFIG).is_file() and not Run(path).used:
+        return _load_folder(path, str(path), dtype)
+    path = _checkpoint(path, which)
     content = read_checkpoint(path)
-    own = content["emformer"]
-    settings = revive(own["settings"])
+    saved = content["emformer"]
+    settings = revive(saved["settings"])
     try:
-        tokenizer = Tokenizer.from_str(own["tokenizer"])
+        tokenizer = Tokenizer.from_str(saved["tokenizer"])
     except Exception as error:  # tokenizers raises bare Exception
         raise UserError(f"{path}: its tokenizer cannot be read; the file is damaged.") from error
     tokenizer.encode_special_tokens = True  # not kept in tokenizer.json
-    if vocabulary(tokenizer) + settings.training.objective.extra_tokens != own["vocab"]:
+    if vocabulary(tokenizer) + settings.training.objective.extra_tokens != saved["vocab"]:
         raise UserError(
-            f"{path}: the model has {own['vocab']} tokens and its tokenizer {vocabulary(tokenizer)}; they do not belong together."
+            f"{path}: the model has {saved['vocab']} tokens and its tokenizer {vocabulary(tokenizer)}; "
+            "they do not belong together."
         )
     weights = {key.removeprefix("model."): value for key, value in content["state_dict"].items()}
+    _compare(own.blank(saved["vocab"], settings.model, len(weights), str(path)), weights, path)
     with torch.random.fork_rng(devices=[]):  # the initial draw is overwritten, so it shall not move the caller's generator
-        model = Emformer(own["vocab"], **vars(settings.model))
+        model = Emformer(saved["vocab"], **vars(settings.model))
     if weights:
         model.to(next(iter(weights.values())).dtype)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        detail = str(error).splitlines()[1].strip() if len(str(error).splitlines()) > 1 else str(error)
-        raise UserError(f"{path}: the weights do not fit the settings saved with them ({detail}).") from error
+    model.load_state_dict(weights)
+    if dtype is not None:
+        model.to(dtype)
     return Loaded(model.eval(), tokenizer, settings, path, content["global_step"])
+
+
+def _compare(blank: Emformer, weights: dict[str, Any], path: Path) -> None:
+    """Raise unless these are the tensors of the model, each with the numbers that its shape claims."""
+    asked = blank.state_dict()
+    strange = sorted(asked.keys() ^ weights.keys())
+    if strange:
+        what = "is missing" if strange[0] in asked else "has no place in it"
+        raise UserError(f"{path}: the weights do not fit the settings saved with them ('{strange[0]}' {what}).")
+    for name, value in weights.items():
+        if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided or hollow(value):
+            raise UserError(f"{path}: '{name}' is no plain tensor.")
+        if value.shape != asked[name].shape:
+            raise UserError(
+                f"{path}: the weights do not fit the settings saved with them ('{name}' has the shape {list(value.shape)[:8]}, "
+                f"not {list(asked[name].shape)})."
+            )
+
+
+def _load_folder(folder: Path, source: str, dtype: torch.dtype | None) -> Loaded:
+    """The model of a folder with a config.json. `source`: where its tokenizer will be found again."""
+    config = read_config(folder)
+    ours = config.get("model_type") == "emformer"
+    found = interop.read(folder, dtype or (own.dtype(config) if ours else torch.float32))
+    model, tokenizer = found.model, found.tokenizer
+    if tokenizer is not None and vocabulary(tokenizer) > model.vocab:
+        raise UserError(
+            f"{folder}: the model has {model.vocab} tokens and its tokenizer {vocabulary(tokenizer)}; "
+            "they do not belong together."
+        )
+    if ours:
+        settings, step = own.told(config, source), own.step(config, str(folder))
+    else:
+        settings, step = own.around(found.settings, _objective(found), source), 0
+    return Loaded(model, tokenizer, settings, folder, step, found.family)
+
+
+def _objective(found: interop.Found) -> dict[str, Any]:
+    """What a model of another library was trained for, as plain data: what its attention allows."""
+    if not found.masked:
+        return {"class_path": "emformer.training.objectives.NextToken"}
+    ids = [] if found.tokenizer is None else [found.tokenizer.token_to_id(name) for name in MASKS]
+    token = next((token for token in ids if token is not None), None)
+    return {"class_path": "emformer.training.objectives.MaskedToken", "init_args": {"mask_token": token}}
 
 
 def _checkpoint(source: Path, which: str | int) -> Path:
     if source.is_file():
         return source
     if not source.exists():
-        raise UserError(f"{source} does not exist; give a run folder or a checkpoint file.")
+        raise UserError(f"{source} does not exist; give a run folder, a checkpoint file or the folder of a model.")
     run = Run(source)
     named = {"last": run.last, "best": run.best}
     path = named[which] if isinstance(which, str) and which in named else None
@@ -340,6 +417,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     whole = isinstance(content, dict) and {"state_dict", "global_step"} <= content.keys()
     if not whole or not isinstance(own, dict) or not {"settings", "tokenizer", "vocab", "format"} <= own.keys():
         raise UserError(f"{path} is not a checkpoint of emformer.")
+    kinds = (content["state_dict"], dict), (content["global_step"], int), (own["vocab"], int), (own["tokenizer"], str)
+    if not all(isinstance(value, kind) for value, kind in kinds) or not all(
+        isinstance(key, str) for key in content["state_dict"]
+    ):
+        raise UserError(f"{path} is not a checkpoint of emformer, or a damaged one.")
     if own["format"] != FORMAT:
         raise UserError(f"{path} has the checkpoint format {own['format']}; this version reads {FORMAT}.")
     return content

@@ -40,6 +40,17 @@ class Learned:
 
 
 @dataclass(frozen=True)
+class Transform:
+    """What a state passes before it is unembedded, norm(gelu(W x + b)) with W (d, d): the head of BERT.
+
+    Args:
+        norm: per-token normalisation, or null.
+    """
+
+    norm: parts.Norm | None = None
+
+
+@dataclass(frozen=True)
 class Embedding:
     """How tokens enter E and are read off it.
 
@@ -48,12 +59,18 @@ class Embedding:
         unembed_std: of the unembedding's rows; small, so that training starts near the uniform prediction. Unused if tied.
         tied: unembed with the token vectors themselves.
         positions: learned absolute positions, or null for none.
+        norm: per-token normalisation of X^0, or null.
+        transform: what a state passes before it is unembedded, or null.
+        bias: learn a constant on the logits.
     """
 
     std: float = 1.0
     unembed_std: float = 0.02
     tied: bool = False
     positions: Learned | None = None
+    norm: parts.Norm | None = None
+    transform: Transform | None = None
+    bias: bool = False
 
 
 class Layer(TypedDict, total=False):
@@ -94,7 +111,7 @@ class Model:
         arrangement: null for the FFN after attention; Parallel for both from the same state.
         functional: affine key functional u, or null.
         drift: constant drift g, or null.
-        embedding: token vectors, unembedding and learned positions.
+        embedding: token vectors, unembedding, learned positions, and what stands around them.
         epsilon: step size: x + epsilon * update.
         shared: one block for all layers (an autonomous flow) instead of one a layer.
         dropout: on the embedding and on the updates, while training only.

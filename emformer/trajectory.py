@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Generator, Iterator, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from emformer.block import Block, Point, Step
 from emformer.files import replaced
 from emformer.kernels.base import scores
-from emformer.masks import visible
+from emformer.masks import Visible
 from emformer.model import Emformer
 from emformer.norms import Norm
 from emformer.parts import UserError
@@ -25,6 +28,8 @@ from emformer.types import Cloud, HeadClouds, Table, Tokens, Weights
 FORMAT = 1
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the closure; half precision has about three digits
 HALF_TOLERANCE = 2e-2
+BUDGET = 1 << 24  # numbers in one array over heads and pairs of tokens: 64 MiB in float32, 128 MiB in an observer's float64
+CHECKED = 1 << 21  # numbers of the per-head updates of a step that `assert_closure` looks at; more would cost as much as the flow
 AT_ONCE = 1 << 19  # numbers of the per-head updates that closure looks at in one go: they stay in the cache
 
 
@@ -45,6 +50,29 @@ class State(NamedTuple):
     read: Cloud | None
 
 
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Some queries of an attention step, before all of its keys: `queries` says which, `visible` (t, T) where they may look.
+
+    `scores` and `pattern` (B, H, t, T) are those of `Trajectory`, made when asked for and kept as long as the chunk is.
+    """
+
+    queries: slice
+    visible: Table
+    _scores: Callable[[], Weights]
+    _pattern: Callable[[], Weights]
+
+    @functools.cached_property
+    def scores(self) -> Weights:
+        with torch.no_grad():
+            return self._scores()
+
+    @functools.cached_property
+    def pattern(self) -> Weights:
+        with torch.no_grad():
+            return self._pattern()
+
+
 class Trajectory:
     """The clouds X^0, X^{1/2}, X^1 … X^L of some prompts, with what leads from each to the next.
 
@@ -58,6 +86,8 @@ class Trajectory:
         groups: a number for each prompt (B,), the same for prompts that are not independent (they share text); or None.
         model: whose flow it is; None for foreign clouds, and what asks for operators, heads or patterns is then not there.
         epsilon: step size of each step.
+        budget: most numbers in an array over heads and pairs of tokens that `chunks` and `matrices` make, and in what observers
+            make of one lot of prompts; may be set. A longer context costs time, not memory.
     """
 
     def __init__(
@@ -76,6 +106,7 @@ class Trajectory:
             raise ValueError("a trajectory has at least one step")
         self.steps, self.model, self.tokens, self.labels, self.groups = tuple(steps), model, tokens, labels, groups
         self.epsilon = tuple(epsilon) if epsilon is not None else (1.0,) * len(self.steps)
+        self.budget = BUDGET
         self._closing, self._reads = closing, reads
         self._patterns: dict[int, Weights] = {}
 
@@ -155,7 +186,9 @@ class Trajectory:
 
     @torch.no_grad()
     def scores(self, k: int) -> Weights:
-        """s_ij (B, H, T, T) of attention step k, positions and biases included, beta not; masked entries are scores too."""
+        """s_ij (B, H, T, T) of attention step k, positions and biases included, beta not; masked entries are scores too.
+
+        All at once, as is `pattern`: what must not hold them goes through `chunks`."""
         step = self.steps[k]
         return scores(*self.block(k).attention.factors(step.read, self._index(step)))
 
@@ -167,6 +200,54 @@ class Trajectory:
             self._patterns[k] = self.block(k).attention.weights(step.read, self._index(step))
         return self._patterns[k]
 
+    def chunks(self, k: int) -> Iterator[Chunk]:
+        """Attention step k in pieces of queries, in order, whose scores (B, H, t, T) are within the budget; at least one a piece.
+
+        All queries are one piece, with the `pattern` that is kept, where they fit, and of a kernel that balances columns and so
+        has no rows by themselves: its flow has held the whole already.
+        """
+        step, attention = self.steps[k], self.block(k).attention
+        tokens = step.before.shape[1]
+        rows = tokens
+        if attention.kernel.rowwise:
+            rows = min(tokens, max(1, self.budget // (self.prompts * attention.form.heads * tokens)))
+        if rows == tokens:
+            yield Chunk(slice(0, tokens), self.visible(k), functools.partial(self.scores, k), functools.partial(self.pattern, k))
+            return
+        with torch.no_grad():
+            u, v = attention.factors(step.read, self._index(step))
+        for queries in _slices(tokens, rows):
+            table = self.visible(k, queries)
+            some, seen = u[:, :, queries], Visible(table, first=queries.start)
+            yield Chunk(
+                queries, table, functools.partial(scores, some, v), functools.partial(attention.kernel.weights, some, v, seen)
+            )
+
+    def matrices(self, k: int) -> Iterator[tuple[slice, Weights]]:
+        """Whole patterns (B, h, T, T) of step k, of as many heads at a time as the budget holds; none if it does not hold one.
+
+        Rows of all heads are made again for each lot of heads.
+        """
+        heads, tokens = self.block(k).attention.form.heads, self.steps[k].before.shape[1]
+        some = min(heads, self.budget // (self.prompts * tokens**2))
+        if some == heads:
+            yield slice(0, heads), self.pattern(k)
+        elif some:
+            for lot in _slices(heads, some):
+                yield lot, torch.cat([chunk.pattern[:, lot] for chunk in self.chunks(k)], 2)
+
+    def lots(self) -> Iterator[Trajectory]:
+        """The same trajectory in parts of so many prompts that arrays (b, H, T, T) and (b, H, T, d) are within the budget, at
+        least one prompt each; itself where all fit. Views: nothing is copied."""
+        tokens, dim = self.steps[0].before.shape[1:]
+        heads = max((self.block(k).attention.form.heads for k in self.attentions), default=0)
+        some = max(1, self.budget // max(1, heads * tokens * max(tokens, dim)))
+        if some >= self.prompts:
+            yield self
+            return
+        for lot in _slices(self.prompts, some):
+            yield self._part(lot)
+
     @torch.no_grad()
     def fold(self, k: int) -> tuple[Tensor | None, Tensor | None]:
         """(A, b) with y = A yhat + b: what step k reads, of the bare normed cloud yhat (math A.6), in the clouds' type. None for
@@ -177,11 +258,17 @@ class Trajectory:
         a, b = norm.affine(step.read.shape[-1])
         return a.to(step.read), None if norm.bias is None else b.to(step.read)
 
-    def visible(self, k: int) -> Table:
-        """(T, T), true where the query i may look at the key j in step k."""
-        step = self.steps[k]
-        i = self._index(step)
-        return visible(self.block(k).attention.mask, i, len(i)).dense(len(i), len(i), i.device)
+    def visible(self, k: int, queries: slice = slice(None)) -> Table:
+        """(T, T), true where the query i may look at the key j in step k; of some queries (t, T)."""
+        i = self._index(self.steps[k])
+        return self.block(k).attention.mask.visible(i[queries, None], i[None, :])
+
+    def counts(self, k: int) -> tuple[Tensor, Tensor]:
+        """How many keys each query of step k sees (T,), and how many queries see each key (T,)."""
+        tokens = self.steps[k].before.shape[1]
+        tables = (self.visible(k, some) for some in _slices(tokens, min(tokens, max(1, self.budget // tokens))))
+        by_query, by_key = zip(*((table.sum(1), table.sum(0)) for table in tables), strict=True)
+        return torch.cat(by_query), torch.stack(by_key).sum(0)
 
     def forget(self) -> None:
         """Drop the patterns kept so far."""
@@ -194,12 +281,22 @@ class Trajectory:
         return [_closure(step, self.block(k), self.epsilon[k]) for k, step in enumerate(self.steps)]
 
     def assert_closure(self) -> None:
-        """Raise `ClosureError` where `closure` exceeds 1e-5 in float32, 1e-10 in float64."""
+        """Raise `ClosureError` where `closure` exceeds 1e-5 in float32, 1e-10 in float64, or a cloud is not finite.
+
+        How steps close is looked at in as many prompts as have 2^21 numbers of per-head updates a step, at least one, evenly
+        spaced: what a head adds is a function of its token, and a head that does not add up shows in any of them. A number that
+        is not finite stays in the stream to its end, which is looked at in all.
+        """
         limit = TOLERANCE.get(self.steps[0].before.dtype, HALF_TOLERANCE)
-        for step, errors in zip(self.steps, self.closure(), strict=True):
-            if not max(errors) <= limit:
+        heads = max((self.block(k).attention.form.heads for k in self.attentions), default=1)
+        some = self._part(slice(None, None, max(1, math.ceil(self.prompts * heads * self.steps[0].before[0].numel() / CHECKED))))
+        end = self.steps[-1]
+        finite = bool(end.after.isfinite().all())
+        for step, errors in zip(self.steps, some.closure(), strict=True):
+            if not max(errors) <= limit or (step is end and not finite):
                 raise ClosureError(
-                    f"layer {step.layer} at '{step.point}': the updates miss the step by {max(errors):.1e} of its size "
+                    f"layer {step.layer} at '{step.point}': the updates miss the step by "
+                    f"{max(errors) if finite else math.nan:.1e} of its size "
                     f"(allowed: {limit:g}); weights that are not finite, or a part whose pieces do not sum to its whole."
                 )
 
@@ -279,13 +376,27 @@ class Trajectory:
     def _index(self, step: Step) -> Tensor:
         return torch.arange(step.before.shape[1], device=step.before.device)
 
+    def _part(self, prompts: slice) -> Trajectory:
+        """Some of the prompts."""
+        marks = {name: getattr(self, name) for name in ("tokens", "labels", "groups")}
+        found = Trajectory(
+            [step._replace(**{k: x[prompts] for k, x in step._asdict().items() if isinstance(x, Tensor)}) for step in self.steps],
+            model=self.model,
+            **{name: None if x is None else x[prompts] for name, x in marks.items()},
+            closing=None if self._closing is None else self._closing[prompts],
+            epsilon=self.epsilon,
+            reads=self._reads,
+        )
+        found.budget = self.budget
+        return found
+
 
 @torch.no_grad()
 def capture(model: Emformer, tokens: Tokens, labels: Tensor | None = None, groups: Tensor | None = None) -> Trajectory:
     """The trajectory of the prompts `tokens` (B, T): no dropout, no autocast, no gradient; closure is asserted.
 
-    The model is left as it was. Cost: a forward pass without unembedding, and the per-head updates once; memory about 5 clouds
-    a step. Of many prompts, `captures` keeps a few at a time.
+    The model is left as it was. Cost: a forward pass without unembedding, and the per-head updates of a few prompts; memory about
+    5 clouds a step. Of many prompts, `captures` keeps a few at a time.
 
     Raises:
         ClosureError: if the updates do not sum to the steps, relative 1e-5 in float32, 1e-10 in float64 (math D.1).
@@ -329,6 +440,11 @@ def evaluating(model: nn.Module) -> Generator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    """0 … count in pieces of this size."""
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _closure(step: Step, block: Block, epsilon: float) -> tuple[float, float]:

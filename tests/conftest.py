@@ -4,6 +4,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz", type=float, default=0.2, help="share of the 2,000 damaged files that are tried; make fuzz: 1")
+
+
 @pytest.fixture(params=range(5), ids="seed{}".format)
 def seed(request: pytest.FixtureRequest) -> int:
     """The seeds 0 … 4, one test each; the global generator starts from it."""

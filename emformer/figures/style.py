@@ -5,12 +5,14 @@ Colours are those of Okabe and Ito (2008) and perceptually ordered maps, which c
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -22,11 +24,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from emformer.figures.frames import Place, along, label, origin
+from emformer.figures.legible import FONT, legible
 
 WIDTH = 8.2  # inches: 902 pixels at
 DPI = 110
 STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
+    "font.family": FONT,
+    "text.parse_math": False,  # a corpus may be full of $
     "font.size": 10,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",
@@ -53,6 +57,17 @@ STYLE: dict[Any, Any] = {
 INK, GREY, PALE = "#222222", "#8a8a8a", "#d9d9d9"
 SKY, BLUE, NAVY = "#56B4E9", "#0072B2", "#12355B"
 GREEN, PURPLE, VERMILION = "#009E73", "#CC79A7", "#D55E00"
+# of kinds that have no order: those of Okabe and Ito, the yellow darkened, and a mark each for print and who sees no colours
+KINDS = (
+    (BLUE, "o"),
+    (VERMILION, "s"),
+    (GREEN, "^"),
+    (PURPLE, "D"),
+    (SKY, "v"),
+    ("#E69F00", "P"),
+    (INK, "X"),
+    ("#7A6A00", "*"),
+)
 STEPS = {"attn": "attention step", "ffn": "FFN step"}
 BANDS = {"attn": "#fdf0dd", "ffn": "#e9f2f9"}
 NULL_STYLE: dict[Any, Any] = {"color": "#555555", "linestyle": (0, (4, 3)), "linewidth": 1.3, "zorder": 3.5}
@@ -62,16 +77,31 @@ LUMINANCE = np.array([0.299, 0.587, 0.114])  # of red, green, blue
 CELLS = 80  # a heat map of more is read by its colours alone
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows by itself, which those made without pyplot do not."""
+
+    @rc_context(STYLE)
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=self.dpi)
+        return file.getvalue()
+
+
 def blank(height: float, rows: int = 1, columns: int = 1, **axes: Any) -> tuple[Figure, list[Axes]]:
     """An empty figure of one width, and its axes by rows."""
-    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    figure = Drawing(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, list(figure.subplots(rows, columns, squeeze=False, **axes).flat)
 
 
 def finish(figure: Figure, text: str, frame: pd.DataFrame, when: Sequence[int], size: str = "") -> Figure:
     """Say what the figure shows, of which run, at which training steps, from how many, and lay it out for good."""
-    figure.suptitle(f"{text}\n{origin(frame, when, size)}".rstrip(), x=0.01, ha="left", fontsize=12)
+    return close(figure, text, origin(frame, when, size))
+
+
+def close(figure: Figure, text: str, facts: str) -> Figure:
+    """Say what the figure shows, below that where it is from, and lay it out for good."""
+    figure.suptitle(f"{text}\n{legible(facts)}".rstrip(), x=0.01, ha="left", fontsize=12)
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
@@ -159,14 +189,23 @@ def legend(figure: Figure, where: Sequence[Place], handles: Sequence[Artist], nu
         figure.legend(handles=shown, loc="outside lower center", ncols=4)
 
 
+def shading(low: int, high: int) -> ScalarMappable:
+    """Colours from pale at `low` to dark at `high` (of an empty range, dark), all of them legible on white."""
+    return ScalarMappable(Normalize(low if high > low else high - 1, high), _pale_to_dark())
+
+
+def _pale_to_dark() -> ListedColormap:
+    whole = matplotlib.colormaps["viridis_r"]
+    # the palest tenth cannot be read on white
+    return ListedColormap([whole(share) for share in np.linspace(0.12, 1.0, 256)])
+
+
 class Shades:
     """A colour for each training step, pale to dark, even in log(1 + step)."""
 
     def __init__(self, steps: Sequence[int]):
         self.steps = list(steps)
-        whole = matplotlib.colormaps["viridis_r"]
-        # the palest tenth cannot be read on white
-        self.map = ListedColormap([whole(share) for share in np.linspace(0.12, 1.0, 256)])
+        self.map = _pale_to_dark()
         first, last = np.log1p(self.steps[0]), np.log1p(self.steps[-1])
         self.norm = Normalize(first if last > first else last - 1, last)
 

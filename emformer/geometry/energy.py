@@ -1,9 +1,10 @@
 """Attention as minimisation: the free energy of each query, how sharp and how far it looks, and what its keys push back.
 
 Scores are s_ij = y_i^T M y_j + u^T y_j (B, H, N, N) without beta; `visible` (N, N) is true where query i may look at key j, None
-if everywhere; a = softmax(beta s) over what is visible. Functions of a take the weights of any kernel whose rows sum to one;
-for those of scores pass log a at beta = 1 there (weights 0 may be -inf). All compute in float64 and return float64;
-entropies and gaps are in nats, free energies in units of the score. What is not defined is nan.
+if everywhere; a = softmax(beta s) over what is visible. What is said of each query can be asked of some, before all keys:
+(B, H, T, S), visible (T, S). Functions of a take the weights of any kernel whose rows sum to one; for those of scores pass log a
+at beta = 1 there (weights 0 may be -inf). All compute in float64 and return float64; entropies and gaps are in nats, free
+energies in units of the score. What is not defined is nan.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from torch import Tensor
 from emformer.geometry.spectra import wide
 
 Cloud = Float[Tensor, "B N d"]
-Scores = Float[Tensor, "B H N N"]
+Scores = Float[Tensor, "B H T S"]
 Weights = Float[Tensor, "B H N N"]
-Table = Bool[Tensor, "N N"]
+Some = Float[Tensor, "B H T S"]
+Table = Bool[Tensor, "T S"]
 Forms = Float[Tensor, "H d d"]
 Functionals = Float[Tensor, "H d"]
 Temperature = float | Float[Tensor, ""]
-Queries = Float64[Tensor, "B H N"]
+Queries = Float64[Tensor, "B H T"]
 HeadClouds = Float64[Tensor, "B H N d"]
 Heads = Float64[Tensor, "B H"]
 
@@ -134,16 +136,19 @@ class Range(NamedTuple):
     without_sink: Queries
 
 
-def attention_range(a: Weights, visible: Table | None = None) -> Range:
+def attention_range(a: Some, visible: Table | None = None, first: int = 0) -> Range:
     """R_i = sum_j a_ij |i - j| in positions, and R_i over its value for uniform weights on what is visible.
 
     The divisor is (i - 1)/2 under a causal mask, positions counted from 1. `without_sink` leaves the first key out and
     renormalises weights and null alike ((i - 2)/2). Ratios >= 0, null 1; nan for queries that see fewer than 8 keys, and where
     the sink has all. Cost H N^2. Source: math D.9.
+
+    Args:
+        first: the key that the first of the queries stands at.
     """
     a = wide(a)
     position = torch.arange(a.shape[-1], dtype=a.dtype, device=a.device)
-    distance = (position.unsqueeze(1) - position).abs()
+    distance = (position[first : first + a.shape[-2], None] - position).abs()
     table = torch.ones_like(distance) if visible is None else visible.to(a)
     far = (table.sum(-1) >= NEAR) & (distance * table > 0).any(-1)
 

@@ -8,13 +8,14 @@ float64 and returned as float64 of the batch shape; undefined is nan. Source: ma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from emformer.geometry.leaves import anisotropy, within_row_variance
+from emformer.geometry.leaves import anisotropy, row_variance
 from emformer.geometry.spectra import wide
 
 Cloud = Float[Tensor, "*batch N d"]
@@ -59,12 +60,36 @@ def score_std(scores: Float[Tensor, "*batch T S"], visible: Bool[Tensor, "T S"])
     what all pairs of a prompt share is in its mean, and sqrt(1 - r) within rows; softmax does not notice the rest. nan for fewer
     than two visible pairs; within also where no query sees two tokens. Cost T S.
     """
-    count = visible.sum()
+    return score_std_of([pair_moments(scores, visible)], row_variance(scores, visible))
+
+
+class PairMoments(NamedTuple):
+    """Of scores over some visible pairs: their number, mean, and sum of squared deviations from it."""
+
+    count: Float64[Tensor, ""]
+    mean: Float64[Tensor, "*batch"]
+    square: Float64[Tensor, "*batch"]
+
+
+def pair_moments(scores: Float[Tensor, "*batch T S"], visible: Bool[Tensor, "T S"]) -> PairMoments:
+    """Those of any queries, to be put together by `score_std_of`. nan of no pair. Cost T S."""
+    count = visible.sum().double()
     s = wide(scores).where(visible, 0.0)
     mean = s.sum((-2, -1), keepdim=True) / count
     square = (s - mean).masked_fill_(~visible, 0.0).flatten(-2).norm(dim=-1).square()
-    total = (square / (count - 1)).where(count >= 2, torch.nan).sqrt()
-    return ScoreStd(total, within_row_variance(scores, visible).sqrt())
+    return PairMoments(count, mean.squeeze(-1).squeeze(-1), square)
+
+
+def score_std_of(parts: Sequence[PairMoments], variances: Float[Tensor, "*batch T"]) -> ScoreStd:
+    """`score_std` from the moments of parts of the queries and the `leaves.row_variance` of all (Chan, Golub and LeVeque)."""
+    whole, *others = parts
+    for part in others:
+        count, shift = whole.count + part.count, part.mean - whole.mean
+        mean = whole.mean + shift * (part.count / count)
+        square = whole.square + part.square + shift.square() * (whole.count * part.count / count)
+        whole = PairMoments(count, mean, square)
+    total = (whole.square / (whole.count - 1)).where(whole.count >= 2, torch.nan).sqrt()
+    return ScoreStd(total, variances.nanmean(-1).sqrt())
 
 
 def context_variance(correlation: float, row_variance: float, score_variance: float, tokens: int, dim: int) -> float:

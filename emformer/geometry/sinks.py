@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Float64
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from emformer.geometry.spectra import wide
@@ -20,13 +20,18 @@ Visible = Bool[Tensor, "T S"]
 Scalars = Float64[Tensor, "*batch"]
 
 
+def received(pattern: Pattern, visible: Visible) -> Float64[Tensor, "*batch S"]:
+    """sum_i a_ik over the queries i that see token k: of some queries, what they add to the whole. Cost T S."""
+    return wide(pattern).where(visible, 0.0).sum(-2)
+
+
 def importance(pattern: Pattern, visible: Visible) -> Float64[Tensor, "*batch S"]:
     """alpha_k: the mean of a_ik over the queries i that see token k; causal: (1/(T - k + 1)) sum_{i >= k} a_ik.
 
     In [0, 1]. Null: `importance(uniform(visible), visible)`, causal (1/(T - k + 1)) sum_{i >= k} 1/i. In a causal mask the only
     token that query 1 sees is token 1, which adds 1/T to alpha_1; alpha_T has one query. nan where no query sees k. Cost T S.
     """
-    return wide(pattern).where(visible, 0.0).sum(-2) / visible.sum(-2)
+    return received(pattern, visible) / visible.sum(-2)
 
 
 def uniform(visible: Visible) -> Float64[Tensor, "T S"]:
@@ -44,12 +49,17 @@ def sink_rate(pattern: Pattern, visible: Visible, position: int = 1, threshold: 
     Raises:
         ValueError: position outside 1 … S.
     """
-    alpha = importance(pattern, visible)[..., _index(position, pattern.shape[-1])]
+    return sink_rate_of(importance(pattern, visible), position, threshold)
+
+
+def sink_rate_of(alpha: Float[Tensor, "*batch S"], position: int = 1, threshold: float = 0.3) -> Scalars:
+    """`sink_rate` from the `importance` alpha of every token."""
+    alpha = alpha[..., _index(position, alpha.shape[-1])]
     return (alpha > threshold).double().where(~alpha.isnan(), torch.nan)
 
 
 def sink_position(pattern: Pattern, visible: Visible, queries: int = 1) -> Scalars:
-    """argmax_k alpha_k, from 1; the first of equal ones. Null (uniform, causal): 1.
+    """argmax_k alpha_k, from 1; the first of those that are equal to a millionth. Null (uniform, causal): 1.
 
     nan where no token is seen by enough queries, or a weight is nan. Cost T S.
 
@@ -57,10 +67,17 @@ def sink_position(pattern: Pattern, visible: Visible, queries: int = 1) -> Scala
         queries: only tokens that at least so many queries see: in a causal mask the last ones have an alpha of few terms, which
             is large by chance.
     """
-    alpha = importance(pattern, visible)
-    enough = visible.sum(-2) >= max(queries, 1)
+    return sink_position_of(importance(pattern, visible), visible.sum(-2), queries)
+
+
+def sink_position_of(alpha: Float[Tensor, "*batch S"], seen: Int[Tensor, " S"], queries: int = 1) -> Scalars:
+    """`sink_position` from the `importance` alpha of every token and how many queries see it."""
+    enough = seen >= max(queries, 1)
     known = enough.any() & ~(alpha.isnan() & enough).any(-1)
-    best = alpha.where(enough, -torch.inf).argmax(-1) + 1
+    alpha = wide(alpha).where(enough, -torch.inf)
+    top = alpha.amax(-1, keepdim=True)
+    # which of two equal means is larger must not hang on how they were summed, or balanced
+    best = (alpha >= top - 1e-6 * top.abs()).int().argmax(-1) + 1
     return best.double().where(known, torch.nan)
 
 
@@ -82,8 +99,12 @@ def sink_mass(pattern: Pattern, visible: Visible, position: int = 1) -> SinkMass
         ValueError: position outside 1 … S.
     """
     k = _index(position, pattern.shape[-1])
-    chooses = visible[:, k] & (visible.sum(-1) >= 2)
-    mass = wide(pattern[..., k]).where(chooses, torch.nan)
+    return sink_mass_of(pattern[..., k], visible[:, k] & (visible.sum(-1) >= 2))
+
+
+def sink_mass_of(mass: Float[Tensor, "*batch T"], chooses: Bool[Tensor, " T"]) -> SinkMass:
+    """`sink_mass` from the column a_ik, and which queries see k and something else. Cost T."""
+    mass = wide(mass).where(chooses, torch.nan)
     count = chooses.sum()
     kept = mass.where(chooses, 0.0)
     mean = kept.sum(-1) / count

@@ -17,6 +17,10 @@ Square = Float[Tensor, "*batch d d"]
 Scalars = Float64[Tensor, "*batch"]
 One = Float[Tensor, "*#batch d d"]  # of a pair, whose batches broadcast
 Pairs = Float64[Tensor, "..."]
+LeftRows = Float[Tensor, "P r d"]  # of one operator a row L^T, and the other
+RightRows = Float[Tensor, "P r d"]
+OtherLeftRows = Float[Tensor, "H s d"]
+OtherRightRows = Float[Tensor, "H s d"]
 
 
 def wide(w: Float[Tensor, "*shape"]) -> Float64[Tensor, "*shape"]:
@@ -53,13 +57,12 @@ def singular_values(w: Square) -> Float64[Tensor, "*batch d"]:
     return torch.linalg.svdvals(wide(w))
 
 
-def thin_singular_values(left: Float[Tensor, "*batch r d"], right: Float[Tensor, "*batch r d"]) -> Float64[Tensor, "*batch r"]:
-    """The r largest singular values of W = L R^T from the rows of L^T and R^T, descending; the other d - r are 0.
+def thin_singular_values(left: Float[Tensor, "*batch r d"], right: Float[Tensor, "*batch r d"]) -> Float64[Tensor, "*batch k"]:
+    """The k = min(r, d) largest singular values of W = L R^T from the rows of L^T and R^T, descending; the others are 0.
 
-    L = Q_L T_L and R = Q_R T_R give W = Q_L (T_L T_R^T) Q_R^T, an r x r problem. Needs r <= d. Cost d r^2. Source: math A.3.
+    L = Q_L T_L and R = Q_R T_R give W = Q_L (T_L T_R^T) Q_R^T, a k x k problem. Cost d r^2. Source: math A.3.
     """
-    core = torch.linalg.qr(wide(left).mT, mode="r").R @ torch.linalg.qr(wide(right).mT, mode="r").R.mT
-    return torch.linalg.svdvals(core)
+    return torch.linalg.svdvals(_core(left) @ _core(right).mT)
 
 
 def eigenvalues(w: Square) -> Complex128[Tensor, "*batch d"]:
@@ -116,6 +119,97 @@ def composition(m: One, f: One) -> Pairs:
     """
     m, f = wide(m), wide(f)
     return (_energy(m @ f) / (_energy(m) * _energy(f))).sqrt()
+
+
+class Composed(NamedTuple):
+    """Of every pair (H', H): the composition, and its mean and standard deviation under the null."""
+
+    value: Float64[Tensor, "P H"]
+    null: Float64[Tensor, "P H"]
+    null_sd: Float64[Tensor, "P H"]
+
+
+def compositions(later: tuple[LeftRows, RightRows], earlier: tuple[OtherLeftRows, OtherRightRows]) -> Composed:
+    """|W' W|_F / (|W'|_F |W|_F) of all pairs of H' later and H earlier operators, from the rows of their factors, W = L R^T.
+
+    `composition` of the factors' widths. Null: independent random singular vectors, spectra as they are. The square then has the
+    mean 1/d and, with p and q the squared singular values as shares of their sums, the variance
+    2/((d - 1)(d + 2)) (sum p^2 - 1/d)(sum q^2 - 1/d): exactly so for Haar vectors; the root's moments are those to second order.
+    nan where either is 0. Cost H' H r' r (d + r' + r), memory H r r' for one later operator at a time.
+    """
+    dim = later[0].shape[-1]
+    (first, right), (left, last) = later, earlier
+    ends = _core(first), _core(last)  # W' W = Q (T' R'^T L T^T) Q'^T
+    spectra = [thin_singular_values(a, b).square() for a, b in (later, earlier)]
+    sizes = [s.sum(-1) for s in spectra]
+    values = []
+    for end, rows in zip(ends[0], wide(right), strict=True):
+        middle = torch.einsum("rd,hsd->hrs", rows, wide(left))
+        values.append(_energy(end @ middle @ ends[1].mT))
+    square = torch.stack(values) / (sizes[0].unsqueeze(1) * sizes[1])
+    p, q = ((s / size.unsqueeze(-1)).square().sum(-1) - 1 / dim for s, size in zip(spectra, sizes, strict=True))
+    # of the mean 1/d
+    variation = 2 * dim**2 / ((dim - 1) * (dim + 2)) * p.unsqueeze(1) * q if dim > 1 else torch.zeros_like(square)
+    return Composed(square.sqrt(), (1 - variation / 8) / dim**0.5, variation.sqrt() / (2 * dim**0.5))
+
+
+class Turning(NamedTuple):
+    radius: Scalars
+    rotation: Scalars
+
+
+def turning(left: Float[Tensor, "*batch r d"], right: Float[Tensor, "*batch r d"]) -> Turning:
+    """Of W = L R^T, from the rows of L^T and R^T: the spectral radius max |lambda|, and the share of sum |lambda|^2 that lies in
+    complex pairs, which turn the space, and not in real eigenvalues, which stretch it.
+
+    `radius` in units of W, in [0, |W|_2]; null (random singular vectors): about 1.05 |W|_F/sqrt(d). `rotation` in [0, 1]: 0
+    for symmetric, 1 for skew W; null: `random_turning`. nan where all eigenvalues are 0. An eigenvalue counts as real where its
+    imaginary part is below 1e-8 of the radius: a double real one, computed, may come as a pair. Cost r^2 d + 10 r^3.
+    """
+    return _turning(wide(right) @ wide(left).mT)
+
+
+def random_turning(values: Float[Tensor, "*batch r"], dim: int, seed: int = 0) -> Turning:
+    """`turning` of one draw each of operators on R^d with these r <= d singular values and random (Haar) singular vectors.
+
+    W = U S V^T has the nonzero eigenvalues of S V^T U, and V^T U is a corner of a random orthogonal matrix. Cost r^2 d.
+    """
+    values = wide(values)
+    generator = torch.Generator().manual_seed(seed)
+    normal = torch.randn(*values.shape[:-1], dim, values.shape[-1], generator=generator, dtype=torch.float64)
+    q, triangle = torch.linalg.qr(normal.to(values.device))
+    q = q * triangle.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)  # without it the diagonal is one-sided
+    return _turning(values.unsqueeze(-1) * q[..., : values.shape[-1], :])
+
+
+def _turning(core: Tensor) -> Turning:
+    values = torch.linalg.eigvals(core)
+    radius = values.abs().amax(-1)
+    energy = values.abs().square()
+    turns = values.imag.abs() > 1e-8 * radius.unsqueeze(-1)
+    return Turning(radius, (energy * turns).sum(-1) / energy.sum(-1))
+
+
+def growth(
+    content: tuple[LeftRows, RightRows], form: tuple[OtherLeftRows, OtherRightRows]
+) -> tuple[Float64[Tensor, "H k"], Float64[Tensor, "d d"]]:
+    """B_h = F_h M_h^T + M_h F_h^T from the rows of the factors of F_h and M_h: for V = F and A = M^T, the map from a query to its
+    relevance gradient, the V A + A^T V^T of math E.6.
+
+    Softmax attention moves a Gaussian cloud of covariance Sigma with d Sigma/dt = sum_h F_h Sigma M_h^T Sigma + its transpose:
+    at Sigma = I it grows along the eigenvectors of positive eigenvalues and collapses along those of negative ones.
+
+    Returns:
+        The eigenvalues of each B_h, ascending, k = min(d, r_F + r_M) of them (the others are 0), and sum_h B_h. In units of F M.
+        Cost H (r d^2 + k^3).
+    """
+    (fl, fr), (ml, mr) = (tuple(map(wide, pair)) for pair in (content, form))
+    inner = fr @ mr.mT
+    basis = torch.linalg.qr(torch.cat([fl, ml], -2).mT, mode="r").R
+    cl, cm = basis.split([fl.shape[-2], ml.shape[-2]], -1)
+    half = cl @ inner @ cm.mT
+    whole = (fl.mT @ inner @ ml).sum(0)
+    return torch.linalg.eigvalsh(half + half.mT), whole + whole.mT
 
 
 def compatibility_sphere(f: One, m: One) -> Pairs:
@@ -198,7 +292,8 @@ def _distance_to_semidefinite(x: Tensor, w: Tensor, lost: Tensor, tolerance: flo
     for count in range(limit + 1):
         if count % 8 == 0 or count == limit:
             upper = torch.minimum(upper, (w.sqrt() * (z - x)).norm())
-            bound = -(y * x).sum() / (y / w.sqrt()).norm()
+            dual = _positive_part(y)  # where no constraint is felt y is rounding, of either sign, and proves nothing
+            bound = -(dual * x).sum() / (dual / w.sqrt()).norm()
             lower = torch.fmax(lower, torch.minimum(bound, upper))  # fmax: Y = 0 gives 0/0, which proves nothing
             if torch.hypot(upper, lost) - torch.hypot(lower, lost) <= tolerance:
                 break
@@ -225,6 +320,11 @@ def _span(rows: Tensor) -> tuple[Tensor, Tensor]:
     _, s, vh = torch.linalg.svd(wide(rows), full_matrices=False)
     kept = s > rounding * s[..., :1]
     return vh * kept.unsqueeze(-1), kept.sum(-1)
+
+
+def _core(rows: Tensor) -> Tensor:
+    """T (…, k, r) with R = Q T for rows of R^T, Q of orthonormal columns."""
+    return torch.linalg.qr(wide(rows).mT, mode="r").R
 
 
 def _energy(w: Tensor) -> Tensor:

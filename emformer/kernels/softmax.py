@@ -39,7 +39,8 @@ class SoftmaxKernel(Kernel):
         return attend(u, v, c, visible, self.beta)
 
     def weights(self, u: Queries, v: Keys, visible: Visible) -> Weights:
-        return masked_softmax(self.beta * scores(u, v), visible)
+        # beta goes to the queries: there are fewer of their numbers than of the scores
+        return masked_softmax(scores(u if self.beta == 1 else self.beta * u, v), visible)
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         return fused_macs(visible, rank, width)

@@ -319,17 +319,22 @@ class Pass:
         self._seen = 0
 
     def update(self, trajectory: Trajectory) -> None:
-        """Hand one more trajectory to whoever still wants prompts."""
+        """Hand one more trajectory to whoever still wants prompts, as many prompts at a time as its budget has room for."""
+        wanted: list[Observation] = []
         for k, (look, observable, observation) in enumerate(self._open):
             if look.prompts is not None and self._seen >= look.prompts:
                 continue
             need = self._missing.get(k) or lacks(observable, trajectory)
             if need is None:
-                observation.update(trajectory)
+                wanted.append(observation)
             else:
                 self._missing[k] = need
+        # a lot for all of them: they share its patterns
+        for part in trajectory.lots():
+            for observation in wanted:
+                observation.update(part)
+            part.forget()
         self._seen += trajectory.prompts
-        trajectory.forget()
 
     @property
     def skipped(self) -> list[str]:

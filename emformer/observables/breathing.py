@@ -304,7 +304,7 @@ class _Controls(Observation):
 def _uniform(trajectory: Trajectory, k: int) -> Tensor:
     """(B, 1, d): the update of the last token if it looked at everything it sees alike."""
     step, block = trajectory.steps[k], trajectory.block(k)
-    attention, seen = block.attention, trajectory.visible(k)[-1:]
+    attention, seen = block.attention, trajectory.visible(k, slice(-1, None))
     a = (seen / seen.sum()).to(step.read).expand(len(step.read), attention.form.heads, 1, -1)
     update = attention.lift(attention.mix(a, step.read))
     return update if block.shape_attn is None else block.shape_attn(step.before[:, -1:], update)

@@ -15,7 +15,7 @@ from emformer.geometry.sinks import uniform
 from emformer.geometry.spectra import wide
 from emformer.kernels import Kernel
 from emformer.observables.base import Moments, Observation, Row
-from emformer.trajectory import Trajectory
+from emformer.trajectory import Chunk, Trajectory
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Energy(parts.Observable):
     negative has none of them. Free energies are those of a softmax of the score: other kernels have none. Forces are told of
     every kernel but those that read more of the factors than their product; see `Pull`.
 
-    Cost: the H N^2 scores and weights in float64, and H N d (2 r + N) for the forces. Memory: H r d a layer. Source: math B, D.9.
+    Cost: the H N^2 scores and weights in float64, and H N d (2 r + N) for the forces. Memory: H N d of a few prompts, and of the
+    H N^2 numbers the trajectory's budget. Source: math B, D.9.
     """
 
     family: ClassVar[str] = "energy"
@@ -94,13 +95,18 @@ def temperature(kernel: Kernel) -> float | None:
 
 def queries(trajectory: Trajectory, k: int) -> dict[tuple[str, str | None], Tensor]:
     """What step k says of every query, (B, H, T) in float64 by (key, param); only what its kernel defines."""
-    kernel, visible = trajectory.block(k).attention.kernel, trajectory.visible(k)
+    kernel = trajectory.block(k).attention.kernel
     if kernel.signed:
         return {}
-    a, beta = trajectory.pattern(k), temperature(kernel)
-    told = energy.rows(a.log(), visible) if beta is None else energy.rows(trajectory.scores(k), visible, beta)
-    far = energy.attention_range(a, visible)
-    count = visible.sum(-1).to(told.support)
+    beta = temperature(kernel)
+    told = [_queries(chunk, beta) for chunk in trajectory.chunks(k)]
+    return {key: torch.cat([one[key] for one in told], 2) for key in told[0]}
+
+
+def _queries(chunk: Chunk, beta: float | None) -> dict[tuple[str, str | None], Tensor]:
+    told = energy.rows(chunk.pattern.log() if beta is None else chunk.scores, chunk.visible, 1.0 if beta is None else beta)
+    far = energy.attention_range(chunk.pattern, chunk.visible, chunk.queries.start)
+    count = chunk.visible.sum(-1).to(told.support)
     found: dict[tuple[str, str | None], Tensor] = {("attn.entropy_norm", None): told.entropy_norm}
     if beta is not None:
         found["attn.free_energy0", None] = told.free_energy0
@@ -114,7 +120,7 @@ def queries(trajectory: Trajectory, k: int) -> dict[tuple[str, str | None], Tens
 
 def bounds(trajectory: Trajectory, k: int) -> Tensor:
     """-mean_j s_ij over visible keys, (B, H, T): the free energy of a query that looks at all of them alike."""
-    return -(wide(trajectory.scores(k)) * uniform(trajectory.visible(k))).sum(-1)
+    return torch.cat([-(wide(chunk.scores) * uniform(chunk.visible)).sum(-1) for chunk in trajectory.chunks(k)], 2)
 
 
 class Pull(NamedTuple):
@@ -150,10 +156,10 @@ def forces(trajectory: Trajectory, k: int) -> Pull:
     """The `Pull` of step k, (B, H, T, d), in the clouds' type.
 
     Only the positions are differentiated: the score is a product of factors, and these are linear in the cloud. Cost
-    H N d (N + 3 r) and 2 N^2 r.
+    H N d (N + 3 r) and 2 N^2 r; memory 6 H N d.
     """
     attention, step = trajectory.block(k).attention, trajectory.steps[k]
-    form, content, y, a = attention.form, attention.content, step.read, trajectory.pattern(k)
+    form, content, y = attention.form, attention.content, step.read
     fold, shift = trajectory.fold(k)
     bare = y if shift is None else y - shift
     share = form.heads // form.groups
@@ -163,7 +169,14 @@ def forces(trajectory: Trajectory, k: int) -> Pull:
     placed, keys = after
     if attention.kernel.row_invariant and not any(position.acts_on_keys for position in attention.positions):
         keys = form.right(bare)
-    query, key = a @ keys.repeat_interleave(share, 1), a.mT @ placed
+    keys, key = keys.repeat_interleave(share, 1), torch.zeros_like(placed)
+    queries, means = [], []
+    for chunk in trajectory.chunks(k):
+        a = chunk.pattern
+        queries.append(a @ keys)
+        means.append(a @ bare.unsqueeze(1))
+        key += a.mT @ placed[:, :, chunk.queries]
+    query, mean = torch.cat(queries, 2), torch.cat(means, 2)
     if len(attention.positions):
         # heads that share keys are pulled one after the other: a pull adds up what arrives at the same key
         pulled = [pull((query, some)) for some in key.unflatten(1, (form.groups, share)).unbind(2)]
@@ -175,7 +188,6 @@ def forces(trajectory: Trajectory, k: int) -> Pull:
         right = fold.unsqueeze(0) if right is None else right @ fold
     elif right is None:
         right = torch.eye(form.dim, dtype=y.dtype, device=y.device).unsqueeze(0)
-    mean = a @ bare.unsqueeze(1)
     velocity = content.lift_heads(content.project(mean))
     return Pull(velocity, mean, query, key, left, right.repeat_interleave(share, 0))
 
@@ -187,7 +199,11 @@ def _chance(mean: Tensor, force: Tensor, square: Tensor) -> Tensor:
     uncentred m (math 0.1). Prompts share their F: of their mean it falls more slowly than with their number.
     """
     size = (_inner(mean, mean) * square).sqrt()
-    overlap = wide(((mean @ mean.mT) * (force @ force.mT)).sum((-2, -1))).clamp(min=0)
+    if mean.shape[-2] < mean.shape[-1]:
+        overlap = _inner(mean @ mean.mT, force @ force.mT).clamp(min=0)
+    else:  # the same trace, of d x d matrices
+        across = mean.mT @ force
+        overlap = _inner(across, across)
     return (overlap / mean.shape[-1]).sqrt() / size.where(size > 0, torch.nan)
 
 

@@ -26,8 +26,8 @@ class Foliation(parts.Observable):
     turn the keys. Kernels that read more of the factors than the score have no such leaves and no rows; keys that a position does
     more to than turn them have scores, but no gradients.
 
-    Cost a layer: the H N^2 scores a few times in float64; H N r^2 for gradients of width r, again for every offset, and one
-    decomposition of them. Source: math C, A.4.
+    Cost a layer: the H N^2 scores a few times in float64, within the trajectory's budget; H N r^2 for gradients of width r, again
+    for every offset, and one decomposition of them. Source: math C, A.4.
 
     Args:
         offsets: Delta = j - i of the tilt, of which those that a prompt is too short for are left out.
@@ -93,12 +93,14 @@ class _Foliation(Observation):
         if field.turned:
             self._tilt(at, field, core, tokens)
         else:
-            mass = sinks.importance(trajectory.pattern(k), trajectory.visible(k))
+            total, (_, seen) = 0.0, trajectory.counts(k)
+            for chunk in trajectory.chunks(k):
+                total = total + sinks.received(chunk.pattern, chunk.visible)
             # before the norm is folded in: on the read cloud the same up to a constant
             read = trajectory.steps[k].read
             common = form.pull(field.coefficients(0).mean(-2, keepdim=True).to(read))
             spread = 1 / math.sqrt(tokens - 1) if tokens > 1 else None
-            add(leaves.common_correlation(common, read, mass), *at, "fol.common_corr", null=0.0, null_sd=spread)
+            add(leaves.common_correlation(common, read, total / seen), *at, "fol.common_corr", null=0.0, null_sd=spread)
 
     def _tilt(self, at: tuple[int, str], field: Gradients, core: Tensor, tokens: int) -> None:
         offsets, add = [offset for offset in self._offsets if abs(offset) < tokens], self._moments.by_head
@@ -120,16 +122,20 @@ def queries(trajectory: Trajectory, k: int) -> dict[str, Tensor]:
     Nothing of a kernel that does not read scores alone. The gap is there where the kernel knows a temperature, and what it does
     with the scores is not undone by what it adds to a column, or by a sign.
     """
-    kernel, visible = trajectory.block(k).attention.kernel, trajectory.visible(k)
+    kernel = trajectory.block(k).attention.kernel
     if kernel.reads_factors:
         return {}
-    scores, chooses = trajectory.scores(k), visible.sum(-1) >= 2
     beta = None if kernel.column_invariant or kernel.signed else getattr(kernel, "beta", None)
-    top = leaves.top_gap(scores, visible, 1.0 if beta is None else float(beta))
-    found = {"fol.spread": leaves.leaf_spread(scores, visible), "fol.multiplicity": top.multiplicity}
-    if beta is not None:
-        found["fol.gap_nats"] = top.gap
-    return {key: values[..., chooses] for key, values in found.items()}
+    told: dict[str, list[Tensor]] = {}
+    for chunk in trajectory.chunks(k):
+        chooses = chunk.visible.sum(-1) >= 2
+        top = leaves.top_gap(chunk.scores, chunk.visible, 1.0 if beta is None else float(beta))
+        found = {"fol.spread": leaves.leaf_spread(chunk.scores, chunk.visible), "fol.multiplicity": top.multiplicity}
+        if beta is not None:
+            found["fol.gap_nats"] = top.gap
+        for key, values in found.items():
+            told.setdefault(key, []).append(values[..., chooses])
+    return {key: torch.cat(values, -1) for key, values in told.items()}
 
 
 class Gradients(NamedTuple):

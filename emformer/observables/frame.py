@@ -79,7 +79,7 @@ def observe(
     wanted = [observables] if isinstance(observables, str | parts.Observable) else list(observables)
     settings: list[parts.Observable] = []
     for one in wanted:
-        settings += [new for new in (_family(one) if isinstance(one, str) else [one]) if new not in settings]
+        settings += [new for new in (family(one) if isinstance(one, str) else [one]) if new not in settings]
     measured, empty = Pass([Look(settings)]), True
     for trajectory in [source] if isinstance(source, Trajectory) else source:
         measured.update(trajectory)
@@ -109,8 +109,17 @@ def catalogue() -> dict[str, Key]:
     return found
 
 
-def _family(name: str) -> list[parts.Observable]:
-    """The observables of this family that need no argument, with their defaults, by name of class."""
+def defaults() -> list[parts.Observable]:
+    """Every observable that is loaded and needs no argument, with its defaults, by family and by name of class."""
+    return [one() for one in sorted(_observables(), key=lambda one: one.family) if _bare(one)]
+
+
+def family(name: str) -> list[parts.Observable]:
+    """The observables of this family that need no argument, with their defaults, by name of class.
+
+    Raises:
+        UserError: for a family that does not exist, with the nearest that does; and where all need arguments.
+    """
     classes = _observables()
     families = sorted({one.family for one in classes})
     if name not in families:
@@ -118,10 +127,15 @@ def _family(name: str) -> list[parts.Observable]:
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(families)}."
         raise UserError(f"'{name}' is no family of observables; {hint}")
     members = [one for one in classes if one.family == name]
-    bare = [one for one in members if all(p.default is not p.empty for p in inspect.signature(one).parameters.values())]
+    bare = [one() for one in members if _bare(one)]
     if not bare:
         raise UserError(f"'{name}' has no defaults; give its settings, as {members[0].__name__}(…).")
-    return [one() for one in bare]
+    return bare
+
+
+def _bare(cls: type[parts.Observable]) -> bool:
+    """Whether it needs no argument."""
+    return all(p.default is not p.empty for p in inspect.signature(cls).parameters.values())
 
 
 def _observables() -> list[type[parts.Observable]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from emformer import parts
-from emformer.geometry import signals
+from emformer.geometry import leaves, signals
 from emformer.geometry.dimension import rank_residual
 from emformer.geometry.energy import NEAR
 from emformer.geometry.paths import direction
@@ -27,7 +27,8 @@ class Signal(parts.Observable):
     """What an initialisation is judged by: the states by their raw clouds, each attention step by its scores and context means.
 
     Scores and contexts have rows of each head and of their mean. The predicted variance of the context is that of untrained
-    operators; how far training has gone from it is what the pair shows. Cost: H N (N + d) a prompt and layer. Source: math I.
+    operators; how far training has gone from it is what the pair shows. Cost: H N (N + d) a prompt and layer; memory the
+    trajectory's budget. Source: math I.
     """
 
     family: ClassVar[str] = "signal"
@@ -76,14 +77,18 @@ class _Signal(Observation):
             self._attention(trajectory, k)
 
     def _attention(self, trajectory: Trajectory, k: int) -> None:
-        step, block, visible = trajectory.steps[k], trajectory.block(k), trajectory.visible(k)
+        step, block, count = trajectory.steps[k], trajectory.block(k), trajectory.counts(k)[0]
         kernel = block.attention.kernel
         at = step.layer, step.point
-        std = signals.score_std(getattr(kernel, "beta", 1.0) * trajectory.scores(k), visible)
         read = _bare(block.read_attn, step.before, step.read)
-        count = visible.sum(-1)
-        mean = trajectory.pattern(k) @ read.unsqueeze(1)
-        variance = signals.stream_variance(mean).where(count >= NEAR, torch.nan)
+        pairs, rows, contexts = [], [], []
+        for chunk in trajectory.chunks(k):
+            s = getattr(kernel, "beta", 1.0) * chunk.scores
+            pairs.append(signals.pair_moments(s, chunk.visible))
+            rows.append(leaves.row_variance(s, chunk.visible))
+            contexts.append(signals.stream_variance(chunk.pattern @ read.unsqueeze(1)))
+        std = signals.score_std_of(pairs, torch.cat(rows, -1))
+        variance = torch.cat(contexts, -1).where(count >= NEAR, torch.nan)
         r = signals.token_correlation(read)
         # of scores of mean square sigma^2 all pairs share r^2 sigma^2, and a row shares r sigma^2
         within = std.total / (1 + r).sqrt().unsqueeze(1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,9 @@ class Sinks(parts.Observable):
     from them for pairs that do not, one prompt for each token; beside it stands the same of a later token. Compare sink rates of
     prompts of one length only, and everything with an untrained model.
 
-    Cost a layer: the H N^2 weights in float64 and H N^2 r. Memory: `prompts` vectors of r numbers a head and layer. Source: math
-    H.2; Gu et al. 2024, "When attention sink emerges in language models" (2410.10781).
+    Cost a layer: the H N^2 weights in float64 and H N^2 r. Memory: `prompts` vectors of r numbers a head and layer, and of the
+    weights the trajectory's budget. Source: math H.2; Gu et al. 2024, "When attention sink emerges in language models"
+    (2410.10781).
 
     Args:
         threshold: above which mean weight a token is a sink.
@@ -81,16 +82,15 @@ class _Sinks(Observation):
         rates, expected, pooled = [], [], {}
         blind = True  # whether the first token has seen itself alone so far
         for k in trajectory.attentions:
-            step, visible = trajectory.steps[k], trajectory.visible(k)
+            step, kernel = trajectory.steps[k], trajectory.block(k).attention.kernel
             at = step.layer, step.point
             given = contents(trajectory, k)
-            if not trajectory.block(k).attention.kernel.signed:
-                rate, null = self._weights(trajectory, k, at, visible)
+            seen = _seen(trajectory, k, given, divided=not kernel.normalised and not kernel.signed)
+            if not kernel.signed:
+                rate, null = self._weights(at, seen, kernel.normalised)
                 rates.append(rate)
                 expected.append(null)
-            chooses = visible[:, 0] & (visible.sum(-1) >= 2)
-            a = wide(trajectory.pattern(k))
-            self._moments.by_head(sinks.sink_share(a[..., 0], given[:, :, 0], a @ given)[..., chooses], *at, "sink.share")
+            self._moments.by_head(seen.share[..., seen.chooses], *at, "sink.share")
             self._moments.by_head(sinks.value_ratio(given), *at, "sink.drain", null=1.0)
             if trajectory.tokens is not None:
                 if k not in self._layers:
@@ -99,7 +99,7 @@ class _Sinks(Observation):
                 pooled[f"first{k}"] = given[:, :, 0]
                 if given.shape[2] >= self._setting.control:
                     pooled[f"control{k}"] = given[:, :, self._setting.control - 1]
-            blind = blind and int(visible[0].sum()) == 1
+            blind = blind and int(seen.keys[0]) == 1
         if rates:
             whole = torch.stack(rates).nanmean((0, 2))
             self._moments.add(whole, None, None, "attn.sink_rate", param="k=1", null=sum(expected) / len(expected))
@@ -110,21 +110,20 @@ class _Sinks(Observation):
                 pooled["control"] = trajectory.tokens[:, self._setting.control - 1]
             self._pool.offer(**pooled)
 
-    def _weights(self, trajectory: Trajectory, k: int, at: tuple[int, str], visible: Tensor) -> tuple[Tensor, float]:
+    def _weights(self, at: tuple[int, str], seen: _Seen, normalised: bool) -> tuple[Tensor, float]:
         """What the pattern alone tells; the sink rate (B, H) and its null."""
-        a, even, threshold = wide(trajectory.pattern(k)), sinks.uniform(visible), self._setting.threshold
-        if not trajectory.block(k).attention.kernel.normalised:
-            total = a.sum(-1, keepdim=True)
-            self._moments.by_head(1 - total.squeeze(-1), *at, "sink.unspent")
-            a = a * (1 / total).where(total > 0, 0.0)
-        rate, null = (sinks.sink_rate(pattern, visible, 1, threshold) for pattern in (a, even))
+        threshold = self._setting.threshold
+        if not normalised:
+            self._moments.by_head(1 - seen.total, *at, "sink.unspent")
+        alphas = [mass / seen.queries for mass in (seen.mass, seen.even)]
+        rate, null = (sinks.sink_rate_of(alpha, 1, threshold) for alpha in alphas)
         self._moments.by_head(rate, *at, "attn.sink_rate", null=float(null), param="k=1")
-        mass, fair = sinks.sink_mass(a, visible), sinks.sink_mass(even, visible)
+        mass, fair = (sinks.sink_mass_of(first, seen.chooses) for first in (seen.first, 1 / seen.keys.clamp(min=1).double()))
         self._moments.by_head(mass.mean, *at, "sink.mass", null=float(fair.mean))
         self._moments.by_head(mass.variation, *at, "sink.variation", null=float(fair.variation))
         # a mean of few weights is large by chance
-        enough = (int(visible.sum(-2).max()) + 1) // 2
-        first, usual = (sinks.sink_position(pattern, visible, enough) for pattern in (a, even))
+        enough = (int(seen.queries.max()) + 1) // 2
+        first, usual = (sinks.sink_position_of(alpha, seen.queries, enough) for alpha in alphas)
         share = (first == 1).double().where(~first.isnan(), torch.nan)
         self._moments.by_head(share, *at, "sink.argmax", null=math.nan if usual.isnan() else float(usual == 1))
         return rate, float(null)
@@ -134,6 +133,42 @@ class _Sinks(Observation):
         for k, layer in self._layers.items():
             found += layer.rows(self._pool, k)
         return found
+
+
+class _Seen(NamedTuple):
+    """What the pattern of a step says: `keys` (T,) that a query sees, `queries` (S,) that see a key, `chooses` (T,) the queries
+    that see the first key and another; the weights' sum `total` and the first one's part `share` (B, H, T); and of weights that
+    are made to sum to one the `first` (B, H, T), what each key receives `mass` (B, H, S), and of uniform ones `even` (S,)."""
+
+    keys: Tensor
+    queries: Tensor
+    chooses: Tensor
+    total: Tensor
+    share: Tensor
+    first: Tensor
+    mass: Tensor
+    even: Tensor
+
+
+def _seen(trajectory: Trajectory, k: int, given: Tensor, divided: bool) -> _Seen:
+    """`given`: `contents`. `divided`: weights are made to sum to one."""
+    keys, queries = trajectory.counts(k)
+    sees, total, share, first = [], [], [], []
+    mass: Tensor | float = 0.0
+    even: Tensor | float = 0.0
+    for chunk in trajectory.chunks(k):
+        a = wide(chunk.pattern)
+        share.append(sinks.sink_share(a[..., 0], given[:, :, 0], a @ given))
+        total.append(a.sum(-1))
+        if divided:
+            a = a * (1 / total[-1]).where(total[-1] > 0, 0.0).unsqueeze(-1)
+        first.append(a[..., 0].clone())  # a view would keep all of a
+        sees.append(chunk.visible[:, 0].clone())
+        mass = mass + sinks.received(a, chunk.visible)
+        even = even + sinks.received(sinks.uniform(chunk.visible), chunk.visible)
+    assert isinstance(mass, Tensor) and isinstance(even, Tensor)
+    rows = (torch.cat(some, -1) for some in (total, share, first))
+    return _Seen(keys, queries, torch.cat(sees) & (keys >= 2), *rows, mass, even)
 
 
 class _Layer:

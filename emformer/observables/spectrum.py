@@ -25,8 +25,9 @@ class Spectrum(parts.Observable):
     kappa is heavy tailed, and of a causal pattern often infinite: such prompts are in no mean of its logarithm but counted.
     (I + A)/2 has the kappa and the rank of I + A, and half its rho. Retained is not unmoved: see |D| beside it.
 
-    Cost, most of it in float64 decompositions: four N x N a head, prompt and attention step; two N x d a prompt and step.
-    Source: math H.3.
+    Cost, most of it in float64 decompositions: four N x N a head, prompt and attention step; two N x d a prompt and step. A
+    pattern is looked at whole: where the N x N of one head are beyond the trajectory's budget it is undefined, and counted as
+    dropped. Source: math H.3.
     """
 
     family: ClassVar[str] = "spectrum"
@@ -60,22 +61,30 @@ class _Spectrum(Observation):
                     self._step(step.before, half, (step.layer, point), "parallel")
 
     def _mixing(self, trajectory: Trajectory, k: int) -> None:
-        step, a, visible = trajectory.steps[k], trajectory.pattern(k), trajectory.visible(k)
-        at = step.layer, step.point
-        even = uniform(visible).to(a)[None, None]
-        told = retention.mixing(a, step.read)
-        null = retention.mixing(even, torch.eye(len(visible), dtype=a.dtype, device=a.device).unsqueeze(0))
+        step = trajectory.steps[k]
+        at, tokens = (step.layer, step.point), step.before.shape[1]
+        told = [retention.mixing(a, step.read) for _, a in trajectory.matrices(k)]
+        null = None
+        if told:
+            even = uniform(trajectory.visible(k)).to(step.read)[None, None]
+            null = retention.mixing(even, torch.eye(tokens, dtype=even.dtype, device=even.device).unsqueeze(0))
         # beside I the size of the weights counts, and uniform weights are known only if they sum to one
         known = trajectory.block(k).attention.kernel.normalised
-        for param, of, chance in (("A", told.mix, null.mix), ("I+A", told.residual, null.residual)):
-            self._moments.by_head(of.rho, *at, "spec.rho_A", cloud="read", param=param)
-            log_kappa = of.log_kappa.where(of.log_kappa.isfinite(), torch.nan)
-            for key, values, expected in (
-                ("spec.kappa_log10", log_kappa, float(chance.log_kappa)),
-                ("spec.erank_A", of.erank, float(chance.erank)),
-            ):
+        shape = trajectory.prompts, trajectory.block(k).attention.form.heads
+        for param, name in (("A", "mix"), ("I+A", "residual")):
+            ops, chance = [getattr(one, name) for one in told], getattr(null, name, None)
+            for key, field in (("spec.rho_A", "rho"), ("spec.kappa_log10", "log_kappa"), ("spec.erank_A", "erank")):
+                values = torch.cat([getattr(op, field) for op in ops], 1) if ops else torch.full(shape, torch.nan)
+                expected = math.nan if chance is None or field == "rho" else float(getattr(chance, field))
                 compared = (known or param == "A") and math.isfinite(expected)
-                self._moments.by_head(values, *at, key, param=param, null=expected if compared else None)
+                self._moments.by_head(
+                    values.where(values.isfinite(), torch.nan),
+                    *at,
+                    key,
+                    cloud="read" if field == "rho" else "raw",
+                    param=param,
+                    null=expected if compared else None,
+                )
 
     def _step(self, before: Tensor, after: Tensor, at: tuple[int, str], param: str | None = None) -> None:
         kept = retention.signal_retention(before, after)

@@ -43,7 +43,8 @@ class GradientFlow(parts.Observable):
 
     There are rows for layers without positions only, whose kernel can be differentiated and reads nothing but the score: RoPE
     makes M a family of forms, a key norm makes the score no form. Cost: 4 `probes` calls of the field a prompt and layer, each
-    H N d (2 d + 2 N) in float64: seconds. Source: math E.3, E.4, K.
+    H N d (2 d + 2 N) in float64: seconds. Derivatives go through whole patterns: where the H N^2 weights of one prompt are beyond
+    the trajectory's budget, everything is undefined and counted as dropped. Source: math E.3, E.4, K.
 
     Args:
         prompts: how many are looked at, the first ones.
@@ -98,10 +99,9 @@ class Layer(NamedTuple):
 def layer(trajectory: Trajectory, k: int) -> Layer | None:
     """Step k as a field on clouds (B, N, d) in float64, differentiable in either mode; None where there is none."""
     block = trajectory.block(k)
-    attention = block.attention
-    kernel = attention.kernel
-    if len(attention.positions) or kernel.reads_factors or not kernel.differentiable:
+    if not _has_field(block):
         return None
+    kernel = block.attention.kernel
     told = effective(block)
     space, dim = _space(block), told.form.shape[-1]
     scale = 1.0 if space == "ambient" else dim**0.5
@@ -121,9 +121,33 @@ class _GradientFlow(Observation):
 
     @torch.no_grad()
     def update(self, trajectory: Trajectory) -> None:
+        for part in trajectory.lots():
+            if self._left:
+                self._take(part)
+
+    def _take(self, trajectory: Trajectory) -> None:
+        """A few prompts, whose patterns can be held."""
         count = min(self._left, trajectory.prompts)
-        if not count:
-            return
+        known = [k for k in trajectory.attentions if _has_field(trajectory.block(k))]
+        if any(_size(trajectory, k) > trajectory.budget for k in known):
+            self._undefined(trajectory, known, count)
+        else:
+            self._look(trajectory, count)
+        self._left -= count
+        self._seed += count
+
+    def _undefined(self, trajectory: Trajectory, known: list[int], count: int) -> None:
+        nothing = torch.full((count,), torch.nan, dtype=torch.float64)
+        for k in known:
+            step, block = trajectory.steps[k], trajectory.block(k)
+            at, param = (step.layer, step.point), "ambient" if _space(block) == "ambient" else None
+            climbs = param if step.ffn is None else _joined("parallel", param)
+            self._moments.add(nothing, *at, "wgf.omega", param=param, null=0.5)
+            self._moments.add(nothing, *at, "wgf.r2", param=param)
+            self._moments.add(nothing, *at, "wgf.viol", param=climbs, null=0.5)
+            self._changes.setdefault((*at, climbs), []).append((nothing, nothing))
+
+    def _look(self, trajectory: Trajectory, count: int) -> None:
         layers = {k: layer(trajectory, k) for k in trajectory.attentions}
         for k, one in layers.items():
             if one is not None:
@@ -132,18 +156,17 @@ class _GradientFlow(Observation):
         known = [one for one in layers.values() if one is not None]
         if known and len(known) == len(layers) and len({one.space for one in known}) == 1:
             self._depth(trajectory, known, count)
-        self._left -= count
-        self._seed += count
 
     def _field(self, trajectory: Trajectory, k: int, one: Layer, count: int) -> None:
         step = trajectory.steps[k]
         at, x = (step.layer, step.point), wide(step.before[:count])
+        probes = min(AT_ONCE, trajectory.budget // _size(trajectory, k))
         for field, param in ((one.field, one.param), (one.weighted, _joined("z", one.param))):
             if field is None:
                 continue
             # prompt by prompt, so that what a prompt's probes are does not hang on the prompts beside it
             found = [
-                integrability.estimated_defect(field, some, one.space, self._probes, self._seed + b, AT_ONCE)
+                integrability.estimated_defect(field, some, one.space, self._probes, self._seed + b, probes)
                 for b, some in enumerate(x.split(1))
             ]
             self._moments.add(torch.cat([each.value for each in found]), *at, "wgf.omega", param=param, null=0.5)
@@ -202,6 +225,16 @@ class _GradientFlow(Observation):
             row = Row(layer, point, "wgf.dissip_slope", told, se=error, n_valid=slope.n_valid, n_dropped=slope.n_dropped)
             found.append(row._replace(param=param))
         return found
+
+
+def _has_field(block: Block) -> bool:
+    kernel = block.attention.kernel
+    return not (len(block.attention.positions) or kernel.reads_factors or not kernel.differentiable)
+
+
+def _size(trajectory: Trajectory, k: int) -> int:
+    """Weights of one prompt."""
+    return trajectory.block(k).attention.form.heads * trajectory.steps[k].before.shape[1] ** 2
 
 
 def _space(block: Block) -> Space:

@@ -171,9 +171,10 @@ def _vectors(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like).expand_as(like)
 
 
-def _others(position: int, queries: int, keys: int, device: torch.device) -> Tensor:
-    """(T, S), true but in the column of `position` for other queries than its own. Keys stand at 0, 1, …, queries at the end."""
-    i = torch.arange(keys - queries, keys, device=device).unsqueeze(-1)
+def _others(position: int, queries: int, keys: int, visible: Visible, device: torch.device) -> Tensor:
+    """(T, S), true but in the column of `position` for other queries than its own. Keys stand at 0, 1 …"""
+    first = keys - queries if visible.first is None else visible.first
+    i = torch.arange(first, first + queries, device=device).unsqueeze(-1)
     return Hidden(position).visible(i, torch.arange(keys, device=device))
 
 
@@ -197,7 +198,8 @@ class Blind(Kernel):
 
     def _rest(self, u: Tensor, v: Tensor, visible: Visible) -> Visible:
         size = u.shape[-2], v.shape[-2]
-        return Visible(visible.dense(*size, u.device) & _others(self.position, *size, u.device))
+        table = visible.dense(*size, u.device) & _others(self.position, *size, visible, u.device)
+        return Visible(table, first=visible.first)
 
 
 class Drained(Direct):
@@ -217,7 +219,7 @@ class Drained(Direct):
 
     def weights(self, u: Queries, v: Keys, visible: Visible) -> Weights:
         a = self.inner.weights(u, v, visible)
-        return a * (_others(self.position, *a.shape[-2:], a.device) | ~self.marked.view(-1, 1, 1))
+        return a * (_others(self.position, *a.shape[-2:], visible, a.device) | ~self.marked.view(-1, 1, 1))
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         return keys * (rank + width)

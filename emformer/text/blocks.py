@@ -42,7 +42,8 @@ class Blocks:
         meta: `count` (tokens), `train` (tokens before the split), `bytes` (UTF-8 bytes of each split's text, separators
             counting none), `documents`, `dtype`, `corpus`, `tokenizer` (SHA-256 of both), `key`, `format`.
         tokenizer: made the tokens, ready to use.
-        train, validation: read-only memory maps, 1-D, uint16 or uint32.
+        tokens: all of them, a read-only memory map, 1-D, uint16 or uint32.
+        train, validation: its two parts.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -56,12 +57,12 @@ class Blocks:
             self.tokenizer = load(self.folder / "tokenizer.json")
             if not (whole and known and fingerprint(self.tokenizer) == self.meta["tokenizer"]):
                 raise ValueError("its files do not belong together")
-            tokens = np.memmap(self.folder / "tokens.bin", dtype=dtype, mode="r", shape=(count,))
+            self.tokens = np.memmap(self.folder / "tokens.bin", dtype=dtype, mode="r", shape=(count,))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             message = f"{self.folder} holds no whole set of tokens ({error}): prepare the corpus again"
             raise UserError(message) from error
-        self.train = tokens[: self.meta["train"]]
-        self.validation = tokens[self.meta["train"] :]
+        self.train = self.tokens[: self.meta["train"]]
+        self.validation = self.tokens[self.meta["train"] :]
 
     def bytes_per_token(self, split: Split) -> float:
         """Mean UTF-8 bytes of text per token, so that bits per byte = nats per token / (ln 2 * bytes per token)."""

@@ -102,6 +102,32 @@ class File(Corpus):
         raise UserError(f"there is no file {self.path}: correct the path{_nearest(path)}")
 
 
+@dataclass(frozen=True)
+class Absent(Corpus):
+    """The text of a model whose own text is not at hand: one that came as a folder, or from the hub.
+
+    Attributes:
+        of: the model, for the sentence that says so.
+    """
+
+    of: str
+
+    @classmethod
+    def examples(cls) -> Sequence[Absent]:
+        return []  # it has no documents
+
+    def documents(self) -> Iterator[str]:
+        """Raises `UserError`, which asks for another text."""
+        raise UserError(self._sentence())
+
+    def identity(self) -> str:
+        """Raises `UserError` as `documents` does."""
+        raise UserError(self._sentence())
+
+    def _sentence(self) -> str:
+        return f"the text that {self.of} learned from is not part of it: name another one with --text FILE."
+
+
 def _nearest(path: Path) -> str:
     """A hint at the existing name that is most like the missing one, in the deepest folder that does exist."""
     parent = path.parent

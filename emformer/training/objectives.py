@@ -50,17 +50,21 @@ class MaskedToken(parts.Objective):
     """Predict masked tokens: a share of the positions is chosen, of which 80 % show a mask token, 10 % a random token and
     10 % themselves; the loss is taken on the chosen positions, in nats per masked token. Legal under every mask (math A.8).
 
-    The mask token is one id beyond the tokenizer's vocabulary.
-
     Args:
         share: of the positions that are chosen, in (0, 1).
+        mask_token: its id, where the tokenizer has one; null for one id beyond its vocabulary.
     """
 
     share: float = 0.15
+    mask_token: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise UserError(f"MaskedToken: share is {self.share}; choose a share of the positions in (0, 1).")
+        if self.mask_token is not None and self.mask_token < 0:
+            raise UserError(
+                f"MaskedToken: mask_token is {self.mask_token}; choose the id of the tokenizer's mask token, or null."
+            )
 
     @property
     def unit(self) -> str:
@@ -72,7 +76,7 @@ class MaskedToken(parts.Objective):
 
     @property
     def extra_tokens(self) -> int:
-        return 1
+        return 1 if self.mask_token is None else 0
 
     def check(self, masks: Sequence[parts.Mask]) -> None:
         pass
@@ -83,5 +87,5 @@ class MaskedToken(parts.Objective):
         chosen[:, 0] |= ~chosen.any(1)  # a window without any would have no loss to average
         fate = rng.random(tokens.shape)
         random = rng.integers(0, vocab, tokens.shape)
-        shown = np.where(fate < 0.8, vocab, np.where(fate < 0.9, random, tokens))
+        shown = np.where(fate < 0.8, vocab if self.mask_token is None else self.mask_token, np.where(fate < 0.9, random, tokens))
         return np.where(chosen, shown, tokens), np.where(chosen, tokens, IGNORE)

@@ -29,7 +29,9 @@ from emformer.operators import Dense, LowRank
 from emformer.positions import RoPE
 from emformer.settings import Drift, Embedding, Functional, Learned, Model
 from emformer.training import AdamW, Muon
+from tests.bench import capture as of_capture
 from tests.bench import recording as of_recording
+from tests.bench import report as of_report
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 66
@@ -207,7 +209,7 @@ def _of_recording(bench: Callable[..., dict]) -> Callable[[int], dict]:
     return measured
 
 
-BENCHES |= {bench.__name__: _of_recording(bench) for bench in of_recording.BENCHES}
+BENCHES |= {bench.__name__: _of_recording(bench) for bench in (*of_recording.BENCHES, *of_report.BENCHES, *of_capture.BENCHES)}
 
 
 def main() -> None:

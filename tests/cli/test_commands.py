@@ -62,7 +62,8 @@ def test_help_of_a_part(emformer):
 OPTIONS = """
 callbacks config data data.cache data.corpus data.max_tokens data.path data.tokenizer data.validation data.workers figures
 help loggers model model.arrangement model.content model.context model.depth model.dim model.drift model.dropout
-model.embedding model.embedding.positions model.embedding.std model.embedding.tied model.embedding.unembed_std model.epsilon
+model.embedding model.embedding.bias model.embedding.norm model.embedding.positions model.embedding.std model.embedding.tied
+model.embedding.transform model.embedding.unembed_std model.epsilon
 model.ffn model.form model.functional model.heads model.kernel model.layers model.mask model.norm model.placement
 model.positions model.shared overwrite print_config probe probe.length probe.prompts probe.seed resume run training
 training.accelerator training.accumulate training.batch training.clip training.devices training.max_steps training.nodes
@@ -82,7 +83,7 @@ def test_the_options_of_fit_are_what_they_are(monkeypatch: pytest.MonkeyPatch):
     found = {action.dest for action in seen[0]._actions}
     found = {name for name in found if not name.endswith(".help")}  # help of a part's classes
     assert found == set(OPTIONS.split()), found ^ set(OPTIONS.split())
-    assert set(COMMANDS) == {"fit", "validate", "generate", "info", "records"}
+    assert set(COMMANDS) == {"fit", "validate", "generate", "info", "records", "analyze", "convert", "compare", "report"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name)

@@ -31,7 +31,7 @@ from emformer.operators.lowrank import LowRankOperator
 from emformer.parts import UserError
 from emformer.placements import PostNorm, PreNorm, SandwichNorm, Sphere
 from emformer.positions import RoPE
-from emformer.settings import Drift, Embedding, Functional, Learned, Model
+from emformer.settings import Drift, Embedding, Functional, Learned, Model, Transform
 
 T = 10
 
@@ -64,6 +64,11 @@ COMPOSED = [
     pytest.param({"functional": Functional(), "drift": Drift(), "ffn": GELU()}, id="functional, drift"),
     pytest.param({"functional": Functional(), "drift": Drift(), "positions": [RoPE()]}, id="functional, drift, rope"),
     pytest.param({"embedding": Embedding(0.5, 0.3, positions=Learned(0.5)), "shared": True}, id="learned, shared"),
+    pytest.param(
+        {"embedding": Embedding(0.5, 0.3, norm=LayerNorm(bias=True), transform=Transform(LayerNorm(bias=True)), bias=True)},
+        id="embedding norm, transform, bias",
+    ),
+    pytest.param({"embedding": Embedding(0.5, 0.3, transform=Transform())}, id="transform without norm"),
     pytest.param({"form": Dense(), "positions": [RoPE()], "epsilon": 0.5, "ffn": GELU()}, id="dense form, rope, step"),
     pytest.param({"norm": None, "epsilon": 0.3}, id="no norm"),
     pytest.param({"layers": {1: {"form": Dense(), "norm": LayerNorm(bias=True), "epsilon": 0.5}}}, id="mixed layers"),

@@ -343,7 +343,7 @@ def test_every_part_is_told_or_left_out():
 
 def check(rows: list[Row], family: parts.Observable | None = None) -> None:
     low = {"attn.cos_action": -1, "attn.cos_force": -1, "attn.cos_reaction": -1, "attn.free_energy0": -math.inf}
-    low |= {"wgf.dissip_slope": -math.inf, "signal.correlation": -1}
+    low |= {"wgf.dissip_slope": -math.inf, "signal.correlation": -1, "op.growth": -math.inf}
     high = {"attn.entropy_norm": 1, "attn.support": 1, "attn.cos_action": 1, "attn.cos_force": 1, "attn.cos_reaction": 1}
     assert rows or family is not None
     for row in rows:

@@ -12,6 +12,7 @@ import torch
 from builders import examples, model, words
 from safetensors.torch import load_file, save_file
 
+import emformer.trajectory
 from emformer import parts
 from emformer.block import Parallel
 from emformer.ffn import GELU, ReLU2
@@ -113,6 +114,30 @@ def test_a_part_that_shows_something_else_than_it_computes_is_caught():
         net.embedding.weight.fill_(torch.nan)
     with pytest.raises(ClosureError, match="not finite"):
         capture(net, words(5))
+
+
+def test_some_prompts_are_looked_at_and_all_are_finite(monkeypatch: pytest.MonkeyPatch):
+    """Of many prompts one shows heads that do not add up, and in whichever a number is not finite, it is found."""
+    monkeypatch.setattr(emformer.trajectory, "CHECKED", 1)
+    looked: list[int] = []
+    whole = Trajectory.closure
+    monkeypatch.setattr(Trajectory, "closure", lambda self: looked.append(self.prompts) or whole(self))
+    net, tokens = model(ffn=GELU()), torch.zeros(7, 5, dtype=torch.long)
+    capture(net, tokens)
+    assert looked == [1]
+    monkeypatch.setattr(emformer.trajectory, "CHECKED", 2 * 2 * 5 * 8)  # H T d numbers of two prompts, or of one more
+    capture(net, tokens)
+    assert looked == [1, 2]
+    honest = net.layer(0).attention.content.lift_heads
+    net.layer(0).attention.content.lift_heads = lambda z: 1.001 * honest(z)  # type: ignore[method-assign]
+    with pytest.raises(ClosureError, match="layer 0 at 'attn'"):
+        capture(net, tokens)
+    net = model(ffn=GELU())
+    with torch.no_grad():
+        net.embedding.weight[3] = torch.nan
+    tokens[5, 2] = 3
+    with pytest.raises(ClosureError, match="not finite"):
+        capture(net, tokens)
 
 
 def test_halves_of_a_parallel_block_are_either_share_alone():

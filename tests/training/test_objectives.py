@@ -93,6 +93,16 @@ def test_masking_has_the_shares_it_says(share: float):
     near(chosen[:, 0].sum(), len(chosen), share)
 
 
+def test_a_tokenizer_with_a_mask_token_of_its_own():
+    """It is shown instead of an id beyond the vocabulary, at the same places."""
+    windows = np.random.default_rng(0).integers(0, 50, (40, 33))
+    (beyond, targets), (own, same) = (MaskedToken(0.3, token).cut(windows, np.random.default_rng(1), 50) for token in (None, 7))
+    assert np.array_equal(targets, same) and np.array_equal(own, np.where(beyond == 50, 7, beyond)) and (beyond == 50).any()
+    assert MaskedToken(mask_token=7).extra_tokens == 0
+    with pytest.raises(UserError, match="mask_token is -1"):
+        MaskedToken(mask_token=-1)
+
+
 @pytest.mark.parametrize("share", [1e-6, 0.15])
 def test_every_window_has_a_target(share: float):
     windows = np.random.default_rng(0).integers(0, 50, (500, 9))

@@ -163,7 +163,8 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_parquet_and_figures(don
 
 def test_a_finished_run_has_figures(done: Path):
     drawn = {path.name for path in Run(done).figures.iterdir()}
-    assert drawn == {"sawtooth.png", "flow.png", "cosines.png", "separation.png", "clusters.png"}
+    names = ("sawtooth", "flow", "cosines", "separation", "clusters", "breathing", "motion")
+    assert drawn == {f"{name}.png" for name in names}
     for path in Run(done).figures.iterdir():
         pixels = np.asarray(Image.open(path).convert("L"))
         assert pixels.shape[0] > 300 and pixels.shape[1] > 500 and len(np.unique(pixels)) > 50

@@ -1,0 +1,28 @@
+"""What a report is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+
+class Section(NamedTuple):
+    """One heading of a report and what is below it.
+
+    Attributes:
+        name: of the element, and of the function in page.js that draws `data`.
+        title: the heading, plain text.
+        caption: HTML: what is drawn, from how many, how to read it.
+        data: for page.js: dictionaries, lists, arrays, strings, numbers; None where nothing is drawn.
+        before: HTML above the figure, made of text that is escaped.
+        plots: ids of the drawing areas, as "name-plot".
+        keys: whose definitions tell what is drawn; linked below the caption.
+    """
+
+    name: str
+    title: str
+    caption: str = ""
+    data: Any = None
+    before: str = ""
+    plots: Sequence[str] = ("plot",)
+    keys: Sequence[str] = ()
