@@ -79,8 +79,9 @@ def growth(block: Block) -> Growth:
     (the norm divides by it). What the norm does not see of what F writes, its mean, is left out.
 
     The sign: the sources have V A + A^T V^T with <A x, y> the score of the query x; that is V = F and A = M^T, for here the query
-    stands on the left of M. Positive eigenvalues are directions in which the cloud spreads, and at 1/lambda_max it is infinitely
-    wide; along negative ones it collapses: there tokens gather. It is the law of softmax attention on Gaussian clouds; other
+    stands on the left of M. Positive eigenvalues are directions in which the cloud spreads, at first at this rate (where F and
+    M^T commute with B it is infinitely wide at 1/lambda_max; else there is no closed form); along negative ones it collapses:
+    there tokens gather. It is the law of softmax attention on Gaussian clouds; other
     kernels have others. Cost H r d^2 + d^3. Source: math E.6; S3 (Castin et al. 2025, 2501.18322).
     """
     told, norm = factors(block), block.read_attn
@@ -95,8 +96,9 @@ def growth(block: Block) -> Growth:
 
 class Outlook(NamedTuple):
     """What the eigenvalues of B say: `share` sum of the positive ones over that of all by size, in [0, 1], null 1/2 (random
-    singular vectors); `count` of positive ones; `top` the largest, in units of F M; `time` 1/top, at which a cloud of covariance
-    I is infinitely wide, nan where nothing grows."""
+    singular vectors); `count` of positive ones; `top` the largest, in units of F M; `time` 1/top, the time scale of the
+    fastest growth of a cloud of covariance I: when it is infinitely wide if operators commute (math E.6), and but a scale if
+    they do not; nan where nothing grows."""
 
     share: Tensor
     count: Tensor

@@ -161,11 +161,13 @@ def _generate(arguments: Sequence[str]) -> None:
     import torch
 
     from emformer.records import load
+    from emformer.text.tokenizers import guarded
 
     loaded = load(options.run, options.which)
     if not loaded.config.training.objective.covers_text:
         raise UserError(f"{loaded.path} was trained to fill in masked tokens, not to continue a text.")
-    prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=False).ids
+    with guarded("the tokenizer cannot read this prompt", "give another --prompt"):
+        prompt = loaded.tokenizer.encode(options.prompt, add_special_tokens=False).ids
     if not prompt:
         raise UserError("the prompt is empty; give --prompt at least one character.")
     sampling = {
@@ -413,6 +415,8 @@ def _compare(arguments: Sequence[str]) -> None:
     found = compare(select(read, options.key, options.family, known), step=options.step)
     print(compared(found, known, whole=bool(options.key or options.family)))
     print("\n" + "\n".join(remarks(found)))
+    if not (options.key or options.family):
+        print("shown: the plainest row of each key; --key and --family show every row of theirs, --csv writes all")
     written = []
     if options.csv:
         found.to_csv(options.csv, index=False)
@@ -471,7 +475,7 @@ def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpa
         import difflib
 
         known = [option for action in parser._actions for option in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, 1)
+        near = difflib.get_close_matches(unknown[0], known, 1, 0.7)
         hint = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists the options."
         raise UserError(f"'{unknown[0]}' is no option of {parser.prog}; {hint}")
     return options

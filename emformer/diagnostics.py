@@ -102,7 +102,7 @@ def effective(block: Block) -> Effective:
 
 class Factors(NamedTuple):
     """The effective operators of one layer by the rows of their factors, in float64: M_h = form_left_h^T form_right_h (H, r, d),
-    F_h likewise, r the width of the factors and at most d."""
+    F_h likewise, r the width of the factors."""
 
     form_left: Tensor
     form_right: Tensor

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from emformer.parts import UserError
 from emformer.records import Loaded
 from emformer.text import File, Windows, vocabulary
+from emformer.text.tokenizers import guarded
 from emformer.training.data import ValidationBatches, read_text
 from emformer.training.learner import nll
 from emformer.training.objectives import IGNORE
@@ -70,7 +71,8 @@ def evaluate(loaded: Loaded, text: str | None = None, batch: int = 32) -> Evalua
         documents = list(File(text).documents())
         end = loaded.tokenizer.token_to_id("<|endoftext|>")
         heads = [end] if len(documents) > 1 and end is not None else []  # as in training
-        pieces = [heads + loaded.tokenizer.encode(document, add_special_tokens=False).ids for document in documents]
+        with guarded("the tokenizer cannot read this text", "take another text"):
+            pieces = [heads + loaded.tokenizer.encode(document, add_special_tokens=False).ids for document in documents]
         tokens = np.fromiter(chain.from_iterable(pieces), dtype=np.int64)
         bytes_per_token = sum(len(document.encode()) for document in documents) / max(1, len(tokens))
     windows = Windows(tokens, settings.model.context, 0)

@@ -18,9 +18,9 @@ def replaced(path: Path) -> Generator[Path]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        mode = _usual(partial)
         yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
+        _settle(partial, mode)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -38,11 +38,12 @@ def replaced_folder(path: Path) -> Generator[Path]:
     partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("part", "old"))
     partial.mkdir(parents=True)
     try:
+        mode = _usual(partial / "any")
+        (partial / "any").unlink()
         yield partial
         for file in partial.rglob("*"):
             if file.is_file():
-                with open(file, "rb+") as opened:
-                    os.fsync(opened.fileno())
+                _settle(file, mode)
         if path.exists():
             os.rename(path, old)
         try:
@@ -54,3 +55,16 @@ def replaced_folder(path: Path) -> Generator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _usual(path: Path) -> int:
+    """The permissions that a new file has; it is made."""
+    path.touch()
+    return path.stat().st_mode & 0o777
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Sync to the disk, with the usual permissions: a library that writes safetensors closes them to everybody else."""
+    os.chmod(path, mode)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

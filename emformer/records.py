@@ -34,11 +34,12 @@ from emformer.configuration import load_parts, parse, read_yaml, revive, setting
 from emformer.files import replaced
 from emformer.interop import hub, own
 from emformer.interop.config import read_config
-from emformer.interop.weights import hollow
+from emformer.interop.weights import FLOATS, check_shared, hollow, plain_data
 from emformer.model import Emformer
 from emformer.parts import UserError
 from emformer.settings import Settings
 from emformer.text import vocabulary
+from emformer.text.tokenizers import guarded
 
 FORMAT = 1
 MASKS = ("[MASK]", "<mask>")  # what the mask token is called
@@ -134,7 +135,7 @@ def disk_error(error: OSError, path: Path) -> UserError:
     """The sentence for a write that failed; what is already on disk stays as it was."""
     reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else (error.strerror or str(error)).lower()
     return UserError(
-        f"cannot write {path}: {reason}; everything saved before is intact, so make room and continue with --resume."
+        f"cannot write {path}: {reason}; everything saved before is intact, so make room and continue (a run with --resume)."
     )
 
 
@@ -315,10 +316,8 @@ def load(source: str | Path, which: str | int = "last", dtype: torch.dtype | Non
     content = read_checkpoint(path)
     saved = content["emformer"]
     settings = revive(saved["settings"])
-    try:
+    with guarded(f"{path}: its tokenizer cannot be read", "the file is damaged"):
         tokenizer = Tokenizer.from_str(saved["tokenizer"])
-    except Exception as error:  # tokenizers raises bare Exception
-        raise UserError(f"{path}: its tokenizer cannot be read; the file is damaged.") from error
     tokenizer.encode_special_tokens = True  # not kept in tokenizer.json
     if vocabulary(tokenizer) + settings.training.objective.extra_tokens != saved["vocab"]:
         raise UserError(
@@ -347,11 +346,14 @@ def _compare(blank: Emformer, weights: dict[str, Any], path: Path) -> None:
     for name, value in weights.items():
         if not isinstance(value, torch.Tensor) or value.is_meta or value.layout != torch.strided or hollow(value):
             raise UserError(f"{path}: '{name}' is no plain tensor.")
+        if value.dtype not in FLOATS.values():
+            raise UserError(f"{path}: '{name}' is stored as {value.dtype}; weights are floating-point numbers.")
         if value.shape != asked[name].shape:
             raise UserError(
                 f"{path}: the weights do not fit the settings saved with them ('{name}' has the shape {list(value.shape)[:8]}, "
                 f"not {list(asked[name].shape)})."
             )
+    check_shared(weights, path)
 
 
 def _load_folder(folder: Path, source: str, dtype: torch.dtype | None) -> Loaded:
@@ -404,9 +406,7 @@ def _checkpoint(source: Path, which: str | int) -> Path:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint of emformer, as plain data on the CPU. Raises `UserError` for any other file."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch comments on foreign files; our sentence follows
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = plain_data(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # torch raises many kinds for a damaged or foreign file

@@ -356,22 +356,22 @@ class Trajectory:
                 )
                 for k, (layer, point) in enumerate(meta["points"])
             ]
+            return cls(
+                steps,
+                model=model,
+                tokens=found.get("tokens"),
+                labels=found.get("labels"),
+                groups=found.get("groups"),
+                closing=found.get(f"reads.{len(steps)}"),
+                epsilon=[float(one) for one in meta["epsilon"]],
+                reads=reads,
+            )
         except FileNotFoundError:
             raise UserError(f"{path} does not exist.") from None
         except UserError:
             raise
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        except (OSError, SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read as a trajectory: it is damaged, or something else.") from error
-        return cls(
-            steps,
-            model=model,
-            tokens=found.get("tokens"),
-            labels=found.get("labels"),
-            groups=found.get("groups"),
-            closing=found.get(f"reads.{len(steps)}"),
-            epsilon=meta["epsilon"],
-            reads=reads,
-        )
 
     def _index(self, step: Step) -> Tensor:
         return torch.arange(step.before.shape[1], device=step.before.device)

@@ -41,6 +41,7 @@ SHORT = {
     "probe.prompts": 40,
 }
 SCRIPTS = {
+    "train/analyze.py": ["--tokens", "1500"],
     "train/compare.py": ["--steps", "2", "--every", "2", "--seeds", "1"],
     "train/variants.py": ["lowrank", "sinkhorn", "--steps", "2", "--rounds", "2"],
 }

@@ -46,6 +46,8 @@ ARRAYS: Mapping[str, tuple[str, str]] = {
 WORDS: Mapping[str, str] = {"words": "P N", "lens_words": "S T K"}
 OPTIONAL = frozenset({"classes"})
 
+POINTS = ("embed", "attn", "ffn", "block")
+
 
 @dataclass(frozen=True, eq=False)
 class Scene:
@@ -176,6 +178,10 @@ class Scene:
                 return f"{name} are not ({axes}) strings"
         if not all(isinstance(text, str) for text in (self.title, self.class_name, self.basis)):
             return "title, class_name and basis are strings"
+        if not all(layer >= 0 and point in POINTS for layer, point in [*self.states, *self.steps]):
+            return f"states and steps stand at layers from 0 on, at {', '.join(POINTS)}"
+        if min(lengths[axis] for axis in "SPN") < 1 or (lengths["A"] and min(lengths["H"], lengths["T"]) < 1):
+            return "there is nothing to draw"
         n, places = lengths["n"], lengths["P"] * lengths["N"]
         inside = {"order": (0, places), "merges": (0, n), "clusters": (-1, CLUSTERS)}
         for name, (low, high) in inside.items():

@@ -14,8 +14,8 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from emformer.parts import UserError
 from emformer.text import load
+from emformer.text.tokenizers import guarded
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # of BERT
 SEPARATOR = "<|endoftext|>"  # of GPT-2
@@ -34,10 +34,8 @@ def read_tokenizer(folder: Path, family: str) -> tokenizers.Tokenizer | None:
     names, build = OLDER.get(family, ((), None))
     if build is None or not all((folder / name).is_file() for name in names):
         return None
-    try:
+    with guarded(f"{folder}: {' and '.join(names)} cannot be read as the vocabulary of a tokenizer", "restore it"):
         tokenizer = build(folder)
-    except Exception as error:  # the library raises the bare class
-        raise UserError(f"{folder}: {' and '.join(names)} cannot be read as the vocabulary of a tokenizer.") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 

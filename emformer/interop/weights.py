@@ -259,9 +259,9 @@ def _reading(path: Path) -> Generator[None]:
 def _pickled(path: Path) -> dict[str, Tensor]:
     """The tensors of a `.bin` file, mapped into memory where its format allows that."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch comments on foreign files; our sentence follows
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        found = plain_data(path, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise UserError(f"{path} cannot be read: it is truncated, or holds something other than plain tensors.") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
@@ -269,7 +269,30 @@ def _pickled(path: Path) -> dict[str, Tensor]:
     for key, tensor in found.items():
         if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu" or hollow(tensor):
             raise UserError(f"{path}: '{_short(key)}' is no plain tensor.")
+    check_shared(found, path)
     return found
+
+
+def plain_data(path: Path, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote, on the CPU, as data (`weights_only`). Raises what torch does for a damaged or foreign file, and
+    ValueError for an archive that is compressed: torch never writes one, reads its bytes as numbers where it maps them, and
+    would else unpack a small file to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("the archive is compressed")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch comments on foreign files; our sentence follows
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def check_shared(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise where tensors claim more than twice the numbers that are stored: a model of any size would be made of one tensor.
+    Two may share theirs, as tied embeddings do."""
+    claimed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    storages = {one.data_ptr(): one.nbytes() for one in (tensor.untyped_storage() for tensor in tensors.values())}
+    if claimed > 2 * sum(storages.values()):
+        raise UserError(f"{path}: its tensors are views of fewer numbers than they claim.")
 
 
 def hollow(tensor: Tensor) -> bool:

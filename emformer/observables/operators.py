@@ -70,8 +70,8 @@ class Operators(parts.Observable):
         "(one of rank r <= d/2 has r); 0 .. d; null half the rank",
         "op.growth": "largest eigenvalue of B, the rate at which variance 1 grows; units of F M, 1/(steps |x|/sqrt d); null "
         "shuffled F",
-        "op.blowup": "1/op.growth, when a Gaussian cloud of covariance I is infinitely wide; steps |x|/sqrt d; undefined where "
-        "nothing grows; null shuffled F",
+        "op.blowup": "1/op.growth, the time scale of the fastest growth of a Gaussian cloud of covariance I, and only if the "
+        "operators commute when it is infinitely wide; steps |x|/sqrt d; undefined where nothing grows; null shuffled F",
     }
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
 

@@ -181,6 +181,8 @@ class _Writer:
         if isinstance(value, set | frozenset | bytes | bytearray | type) or type(value).__module__ == "builtins":
             raise TypeError(f"an observation cannot be saved that holds a {type(value).__name__}")
         held = _attributes(value)
+        if not hasattr(value, "__dict__") and not any(_slots(type(value))):  # what it knows is out of sight
+            raise TypeError(f"an observation cannot be saved that holds a {type(value).__name__}")
         return ["object", self._layout(value, held), *(self.node(item) for item in held.values())]
 
     def _tensor(self, value: Tensor) -> str:

@@ -57,6 +57,12 @@
 
   /** Text for plotly, which reads a little HTML, and formulas between dollars; isolated, so that its direction stays its own. */
   const shown = text => "\u2068" + String(text).replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;").replaceAll("$", "&#36;") + "\u2069";
+  /** A token by its id: two of the same letters are told apart by the space before, and parts of a character by their number. */
+  const spelt = id => {
+    const { ids, words } = read("cloud"), text = words.flat()[ids.indexOf(id)];
+    if (text.includes("\ufffd")) return `bytes (id ${id})`;
+    return /^ ./.test(text) ? `␣${word(text).replace(/^[ ␣·]/, "")}` : word(text);
+  };
   const place = (prompt, position) => `prompt ${prompt}, token ${position}`;
 
   /** A token between its neighbours, for a hover label. */
@@ -255,13 +261,13 @@
       const d = read("cloud"), plot = box.plot("plot"), { values, shape: [S, P, N] } = unpack(d.coords), n = P * N;
       const cloud = range(S).map(s => range(3).map(axis => range(n).map(k => values[3 * (s * n + k) + axis])));
       const ends = range(3).map(axis => span(cloud.flatMap(state => state[axis])));
-      const words = d.words.flat(), counts = new Map();
-      words.forEach(text => counts.set(text, (counts.get(text) ?? 0) + 1));
-      const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 7).map(([text]) => text);
+      const counts = new Map();
+      d.ids.forEach(id => counts.set(id, (counts.get(id) ?? 0) + 1));
+      const common = [...counts].sort((a, b) => b[1] - a[1]).slice(0, 7).map(([id]) => id);
       const classes = d.classes && [...new Set(d.classes)].filter(one => one >= 0).sort((a, b) => a - b);
       const category = {
         cluster: { of: (s, k) => d.clusters[s][k], name: one => `cluster ${one}`, all: s => [...new Set(d.clusters[s])].filter(one => one >= 0).sort((a, b) => a - b) },
-        token: { of: (s, k) => common.indexOf(words[k]), name: one => (one < 0 ? "other words" : `${word(common[one])} ×${counts.get(common[one])}`), all: () => [...common.keys(), -1] },
+        token: { of: (s, k) => common.indexOf(d.ids[k]), name: one => (one < 0 ? "other words" : `${spelt(common[one])} ×${counts.get(common[one])}`), all: () => [...common.keys(), -1] },
         class: { of: (s, k) => classes.indexOf(d.classes[k]), name: one => (one < 0 ? "no class" : `class ${classes[one]}`), all: () => [...classes.keys(), -1] },
       };
       const look = one => { // beyond eight the same colours come with other symbols
@@ -295,10 +301,10 @@
         const deep = axis_ => ({ title: { text: title(axis_) }, range: ends[axis_], showbackground: false, gridcolor: "#E4E4E4", zerolinecolor: "#BBBBBB" });
         Plotly.purge(plot);
         draw(plot, [trace], three
-          ? { margin: { l: 0, r: 0, t: by === "position" ? 60 : 0, b: 0 }, scene: { xaxis: deep(0), yaxis: deep(1), zaxis: deep(2), aspectmode: "cube", dragmode: "orbit", camera: { eye: { x: 1.7, y: 1.7, z: 1.1 } } } }
+          ? { margin: { l: 0, r: 0, t: by === "position" ? 60 : 0, b: 0 }, scene: { xaxis: deep(0), yaxis: deep(1), zaxis: deep(2), aspectmode: "cube", dragmode: "orbit", camera: { eye: { x: 1.95, y: 1.95, z: 1.25 }, center: { x: 0, y: 0, z: -0.12 } } } }
           : { margin: { l: 54, r: 14, t: by === "position" ? 70 : 14, b: 44 }, xaxis: flat(0), yaxis: { ...flat(1), scaleanchor: "x" } });
         plot.on("plotly_click", event => {
-          follow = words[event.points[0].pointNumber];
+          follow = d.ids[event.points[0].pointNumber];
           box.figure.dispatchEvent(new CustomEvent("follow", { bubbles: true }));
         });
       };
@@ -323,7 +329,7 @@
     paths(box) {
       const d = read("cloud"), plot = box.plot("plot"), { values, shape: [S, P, N] } = unpack(d.coords), n = P * N;
       const places_ = new Map();
-      d.words.flat().forEach((text, k) => places_.set(text, [...(places_.get(text) ?? []), k]));
+      d.ids.forEach((id, k) => places_.set(id, [...(places_.get(id) ?? []), k]));
       const ordered = [...places_].sort((a, b) => b[1].length - a[1].length);
       const at = (s, k, axis) => values[3 * (s * n + k) + axis];
       const ends = [0, 1].map(axis => span(range(S * n).map(k => values[3 * k + axis])));
@@ -334,7 +340,7 @@
           const colour = COLOURS[Math.max(0, d.clusters[S - 1][k]) % 8], prompt = Math.floor(k / N), position = k % N;
           return {
             x: range(S).map(s => at(s, k, 0)), y: range(S).map(s => at(s, k, 1)), mode: "lines+markers", opacity: 0.85, line: { color: colour, width: 1.4, shape: "spline", smoothing: 0.6 },
-            marker: { size: sizes, symbol: marks, color: colour, opacity: 1 }, text: d.states.map(name => `${context(prompt, position)}<br>${place(prompt, position)}<br>${name}`), hovertemplate: "%{text}<extra></extra>",
+            marker: { size: sizes, symbol: marks, color: colour, opacity: 1 }, text: d.states.map(name => `${context(prompt, position)}<br>${place(prompt, position)}<br>${shown(name)}`), hovertemplate: "%{text}<extra></extra>",
           };
         });
         const clusters = [...new Set(own.map(k => d.clusters[S - 1][k]))].sort((a, b) => a - b);
@@ -344,10 +350,10 @@
       };
       // the word whose places end farthest apart is seen first
       const scatter = own => mean([0, 1].map(axis => { const x = own.map(k => at(S - 1, k, axis)), middle = mean(x); return mean(x.map(value => (value - middle) ** 2)); }));
-      const told = ordered.map(([, own], k) => [own.length < 4 ? -1 : scatter(own), k]).reduce((a, b) => (b[0] > a[0] ? b : a))[1];
-      const input = select(box, "word", ordered.map(([text, where], k) => [k, `${word(text)}   ×${where.length}`]), value => show(Number(value)));
+      const told = ordered.map(([id, own], k) => [own.length < 4 || spelt(id).startsWith("byte") ? -1 : scatter(own), k]).reduce((a, b) => (b[0] > a[0] ? b : a))[1];
+      const input = select(box, "word", ordered.map(([id, where], k) => [k, `${spelt(id)}   ×${where.length}`]), value => show(Number(value)));
       const take = () => {
-        const index = ordered.findIndex(([text]) => text === follow);
+        const index = ordered.findIndex(([id]) => id === follow);
         if (index >= 0) { input.value = index; show(index); }
       };
       document.addEventListener("follow", take);
@@ -432,11 +438,11 @@
       const marks = pieces.flatMap((found, s) => [...found.values()].map(piece => [s, mean(piece), piece]));
       traces.push({
         x: marks.map(one => one[0]), y: marks.map(one => one[1]), mode: "markers", marker: { color: INK, opacity: 0.7, size: marks.map(one => (one[2].length === 1 ? 2.5 : 3 + 2 * Math.sqrt(one[2].length))) },
-        text: marks.map(([s, , piece]) => `${d.states[s]}<br><b>${piece.length} token${piece.length > 1 ? "s" : ""}</b><br>` + piece.slice(0, 8).map(i => context(...d.tokens[i], 2)).join("<br>") + (piece.length > 8 ? "<br>…" : "")), hovertemplate: "%{text}<extra></extra>",
+        text: marks.map(([s, , piece]) => `${shown(d.states[s])}<br><b>${piece.length} token${piece.length > 1 ? "s" : ""}</b><br>` + piece.slice(0, 8).map(i => context(...d.tokens[i], 2)).join("<br>") + (piece.length > 8 ? "<br>…" : "")), hovertemplate: "%{text}<extra></extra>",
       });
       const ticks = range(S).filter(k => k % Math.ceil(S / (narrow(plot) ? 5 : 14)) === 0);
       const brief = name => name.replace("X⁰, as embedded", "X⁰").replace("layer ", "").replace(", after attention", "a").replace(", after the FFN", "f").replace(", after the block", "b");
-      draw(plot, traces, { xaxis: axis(narrow(plot) ? "state" : "state (a after attention, f after FFN)", { tickvals: ticks, ticktext: ticks.map(k => brief(d.states[k])), showgrid: false, range: [-0.2, S - 0.8] }), yaxis: { visible: false, autorange: "reversed" }, margin: { l: 10, r: 14, t: 10, b: 44 } });
+      draw(plot, traces, { xaxis: axis(narrow(plot) ? "state" : "state (a after attention, f after FFN)", { tickvals: ticks, ticktext: ticks.map(k => shown(brief(d.states[k]))), showgrid: false, range: [-0.2, S - 0.8] }), yaxis: { visible: false, autorange: "reversed" }, margin: { l: 10, r: 14, t: 10, b: 44 } });
     },
 
     attention(box) {
@@ -502,9 +508,9 @@
       const d = read("sinks"), plot = box.plot("plot"), H = d.sinks[0].length, few = H * d.sinks.length <= 200 && H * 45 < plot.clientWidth;
       plot.style.height = `${Math.max(12, 6 + 1.9 * d.sinks.length)}rem`;
       const chance = d.null === null ? [] : [{ xref: "paper", yref: "paper", x: 1, y: 1.02, xanchor: "right", yanchor: "bottom", showarrow: false, text: `uniform attention: ${d.null.toFixed(2)}`, font: { size: 12, color: "#555555" } }];
-      draw(plot, [{ type: "heatmap", z: d.sinks, x: range(H), y: range(d.sinks.length), zmin: 0, zmax: 1, colorscale: ORANGES, xgap: 1, ygap: 1, texttemplate: few ? "%{z:.2f}" : undefined, hovertemplate: "%{customdata}<br>head %{x}<br><b>%{z:.3f}</b><extra></extra>", customdata: d.steps.map(name => range(H).map(() => name)),
+      draw(plot, [{ type: "heatmap", z: d.sinks, x: range(H), y: range(d.sinks.length), zmin: 0, zmax: 1, colorscale: ORANGES, xgap: 1, ygap: 1, texttemplate: few ? "%{z:.2f}" : undefined, hovertemplate: "%{customdata}<br>head %{x}<br><b>%{z:.3f}</b><extra></extra>", customdata: d.steps.map(name => range(H).map(() => shown(name))),
         showscale: !few, colorbar: { thickness: 12, title: { text: "weight" } } }],
-        { xaxis: axis("head", { tickvals: range(H).filter(k => k % Math.ceil(H / 16) === 0), showgrid: false }), yaxis: axis("", { tickvals: range(d.steps.length), ticktext: d.steps, showgrid: false }), plot_bgcolor: PALE, margin: { l: 64, r: 12, t: 30, b: 44 }, annotations: chance });
+        { xaxis: axis("head", { tickvals: range(H).filter(k => k % Math.ceil(H / 16) === 0), showgrid: false }), yaxis: axis("", { tickvals: range(d.steps.length), ticktext: d.steps.map(shown), showgrid: false }), plot_bgcolor: PALE, margin: { l: 64, r: 12, t: 30, b: 44 }, annotations: chance });
     },
 
     spectra(box) {
@@ -539,7 +545,7 @@
         const label = range(S).map(s => own.map(t => shown(cut(word(d.words[s][t][0])))));
         const text = range(S).map(s => own.map(t => `after ${context(0, t, 3)}<br>` + range(K).map(k => `${shown(word(d.words[s][t][k]))}  <b>${number(prob[(s * T + t) * K + k])}</b>`).join("<br>") + `<br>entropy ${number(entropy[s * T + t])} nats`));
         draw(plot, [{ type: "heatmap", x: own, y: range(S), z, zmin: 0, zmax: top, colorscale: BLUES, reversescale: true, customdata: text, text: label, texttemplate: "%{text}", textfont: { size: 11 }, hovertemplate: "%{customdata}<extra></extra>", xgap: 1, ygap: 1, showscale: !narrow(plot), colorbar: { thickness: 12, title: { text: "nats" } } }],
-          { xaxis: axis("token of the prompt", { tickvals: own, ticktext: own.map(t => shown(cut(word(words[t])))), showgrid: false, ticks: "", side: "bottom" }), yaxis: axis("", { tickvals: range(S), ticktext: d.states.map(brief), showgrid: false, ticks: "" }), margin: { l: 70, r: 8, t: 8, b: 60 }, plot_bgcolor: PALE });
+          { xaxis: axis("token of the prompt", { tickvals: own, ticktext: own.map(t => shown(cut(word(words[t])))), showgrid: false, ticks: "", side: "bottom" }), yaxis: axis("", { tickvals: range(S), ticktext: d.states.map(name => shown(brief(name))), showgrid: false, ticks: "" }), margin: { l: 70, r: 8, t: 8, b: 60 }, plot_bgcolor: PALE });
       };
       const last = Math.max(0, T - count());
       if (last) slider(box, "from token", range(last + 1).map(k => `${k}: ${word(words[k])}`), index => { first = index; show(); });

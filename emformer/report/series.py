@@ -118,17 +118,27 @@ def _breathing(records: pd.DataFrame) -> Section:
     last = at(raw, when[-1])
     n = int(last["n_valid"].max()) if len(last) else 0
     verdict = [text for cloud in ("raw", "read") if (text := _verdict(records, cloud))]
+    beside = ["the untrained model (grey)"] if when[0] == 0 < when[-1] else []
+    beside += ["the same words in random order (purple, as recorded last before)"] if len(_shuffled(records)) else []
     caption = (
         f"The intrinsic dimension of the cloud (TwoNN, n ≤ {n:,} points, one a prompt) from state to state: X⁰ embedded, then "
         "after attention (a) and after the FFN (f) of each layer. Bars are 95 % intervals. In a sawtooth the dimension rises "
-        "over attention (orange ground) and falls over the FFN (blue ground). Beside it stand the untrained model (grey) and "
-        "the same words in random order (purple, as recorded last before). Estimates fall short by an amount that depends on n: "
+        "over attention (orange ground) and falls over the FFN (blue ground). "
+        + (f"Beside it: {' and '.join(beside)}. " if beside else "")
+        + "Estimates fall short by an amount that depends on n: "
         f"compare at equal n only. States whose points repeat have no dimension. {' '.join(verdict)} Below: rise over attention "
-        "and FFN by training step, mean over layers, with the mean standard error and what chance gives (dashed)."
+        "and FFN"
+        + (" by training step" if len(when) > 1 else "")
+        + ", mean over layers, with bars of 1.96 mean standard errors; "
+        "chance gives 0."
     )
     return Section(
         "breathing", "Breathing: dimension from state to state", caption, {}, plots=("plot", "training"), keys=BREATHING
     )
+
+
+def _shuffled(records: pd.DataFrame) -> pd.DataFrame:
+    return records[(records["key"] == "geo.id_twonn") & (records["param"] == "shuffled")]
 
 
 def _verdict(records: pd.DataFrame, cloud: str) -> str:
@@ -138,9 +148,10 @@ def _verdict(records: pd.DataFrame, cloud: str) -> str:
         return ""
     step = steps(rows)[-1]
     share, null = at(rows, step)[["mean", "null"]].iloc[0]
+    blocks = int(at(rows, step)["n_valid"].iloc[0])
     if not np.isfinite(share):
         return f"The share of blocks that go as a sawtooth does is undefined in the {cloud} cloud."
-    text = f"{cloud.capitalize()} cloud at step {step:,}: {100 * share:.0f} % of the blocks go as in a sawtooth"
+    text = f"{cloud.capitalize()} cloud at step {step:,}: {100 * share:.0f} % of {blocks} blocks go as in a sawtooth"
     text += f" ({100 * null:.0f} % by chance)" if np.isfinite(null) else ""
     p = at(pick(records, "breath.p_value", cloud=cloud, total=True), step)["mean"]
     return text + (f", p = {p.iloc[0]:.2g}." if len(p) and np.isfinite(p.iloc[0]) else ".")
@@ -152,9 +163,13 @@ def _motion(records: pd.DataFrame, keys: set[str]) -> Section:
     when = steps(rows)
     caption = (
         "; ".join(f"<code>{escaped(key)}</code>: {EXPLAINED[key]}" for key in own)
-        + f". A line a training step ({len(when)} of them, {when[0]:,} to {when[-1]:,}; pale: early, dark: late), or a line a "
-        f"place; the last with 95 % intervals over n = {rows['n_valid'].max():.0f} prompts. Where the lines of late steps lie "
-        "above early ones, training made the flow faster there."
+        + f". The last training step with 95 % intervals over n = {rows['n_valid'].max():.0f} prompts, where an error is known"
+        + (
+            f". A line a training step ({len(when)} of them, {when[0]:,} to {when[-1]:,}; pale: early, dark: late), or a line a "
+            "place. Where the lines of late steps lie above early ones, training made the flow faster there."
+            if len(when) > 1
+            else f" (step {when[0]:,} alone was recorded)."
+        )
     )
     return Section(
         "motion",

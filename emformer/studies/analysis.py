@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -145,7 +146,7 @@ _chosen = checkpoints  # `analyze` has an argument of that name
 
 
 def _told(look: Look) -> str:
-    seen = "all prompts" if look.prompts is None else f"{look.prompts} prompts"
+    seen = "all prompts" if look.prompts is None else f"up to {look.prompts} prompts"
     return f"{', '.join(map(str, look.observables))} on {seen}{'' if look.order == 'text' else f', {look.order}'}"
 
 
@@ -195,6 +196,8 @@ class _Measurement:
         progress.write(models=content["models"] | {str(self._step): self._about["model"]})
         at, seconds = self._continued()
         total, length = self._cuts[-1], self._sample.length
+        if at:
+            tqdm.write(f"step {self._step}: goes on at prompt {at:,} of {total:,}", file=sys.stderr)
         begun = saved = time.monotonic()
         rest = SAVE_EVERY
         with telling(self._title, total * length, at * length) as tell:
@@ -205,9 +208,9 @@ class _Measurement:
                 tell(at * length)
                 now = time.monotonic()
                 if now - saved >= rest and at < total:
-                    self._save(at, seconds + now - begun)
+                    kept = self._save(at, seconds + now - begun)
                     saved = time.monotonic()
-                    rest = max(SAVE_EVERY, (saved - now) / SAVE_SHARE)
+                    rest = max(SAVE_EVERY, (saved - now) / SAVE_SHARE) if kept else math.inf
             rows = [row for one in self._passes.values() for row in one.rows()]
         self._write(rows)
         skipped = content["skipped"]
@@ -253,9 +256,14 @@ class _Measurement:
             self._passes = self._fresh()
             return 0, 0.0
 
-    def _save(self, at: int, seconds: float) -> None:
+    def _save(self, at: int, seconds: float) -> bool:
+        """Whether there is a state to go on from: somebody's own observable may hold what cannot be written."""
         try:
             state.save(self._progress.state, self._passes, self._about | {"at": at, "seconds": seconds})
+            return True
+        except TypeError as error:
+            tqdm.write(f"{error}; killed, step {self._step} would be measured anew.", file=sys.stderr)
+            return False
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise UserError(

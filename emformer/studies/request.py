@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from emformer.model import Emformer
 from emformer.parts import Corpus, UserError
@@ -85,6 +87,9 @@ def check(loaded: Loaded, length: int, tokens: int | None, batch: int | None, se
     size, model = vocabulary(loaded.tokenizer), loaded.config.model
     if model.embedding.positions is not None and length > model.context:
         raise UserError(f"--length {length} is more than the {model.context} positions that {loaded.path} has learned.")
+    if length > model.context:
+        told = f"  prompts of {length} tokens are longer than the windows of {model.context} that {loaded.path} was trained on"
+        tqdm.write(told, file=sys.stderr)
     if size > loaded.model.vocab:
         raise UserError(f"{loaded.path}: its tokenizer has {size} tokens and its model {loaded.model.vocab}; they do not fit.")
 

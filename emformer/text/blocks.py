@@ -19,7 +19,7 @@ import numpy as np
 import tokenizers as hf
 
 from emformer.parts import Corpus, Tokenizer, UserError
-from emformer.text.tokenizers import SEPARATOR, fingerprint, identity, load, save
+from emformer.text.tokenizers import SEPARATOR, fingerprint, guarded, identity, load, save
 
 FORMAT = 1
 CHUNK = 1 << 12  # characters that are encoded as one string
@@ -277,7 +277,8 @@ def encode(documents: Iterator[str], tokenizer: hf.Tokenizer) -> Iterator[list[C
     first = list(islice(documents, 2))
     head = [separator] if separator is not None and len(first) > 1 else []
     for batch in _batches(chain(first, documents)):
-        encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
+        with guarded("the tokenizer cannot read this text", "take another tokenizer or text"):
+            encodings = tokenizer.encode_batch([text for text, _ in batch], add_special_tokens=False)
         yield [
             Chunk(text, opens, head if opens else [], encoding) for (text, opens), encoding in zip(batch, encodings, strict=True)
         ]

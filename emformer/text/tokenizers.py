@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -125,17 +125,30 @@ def load(path: str | Path) -> hf.Tokenizer:
     """
     path = Path(path)
     try:
-        tokenizer = hf.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         reason = error.strerror or "unreadable"
         raise UserError(f"cannot read the tokenizer {path} ({reason}): name an existing tokenizer.json") from error
-    except Exception as error:  # the library raises the bare class
-        reason = str(error)[:100]
-        raise UserError(f"{path} is not a whole tokenizer.json ({reason}): restore it or train a new one") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text, and so no tokenizer.json: restore it or train a new one") from error
+    with guarded(f"{path} is not a whole tokenizer.json", "restore it or train a new one"):
+        tokenizer = hf.Tokenizer.from_str(text)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+@contextmanager
+def guarded(what: str, advice: str) -> Generator[None]:
+    """`UserError` "WHAT (reason): ADVICE" for whatever the library raises of a tokenizer that is damaged, or of a text that it
+    cannot bear: the bare class, or a panic of its Rust code, which is no `Exception`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{what} ({str(error)[:100]}): {advice}") from error
 
 
 def save(tokenizer: hf.Tokenizer, path: str | Path) -> None:

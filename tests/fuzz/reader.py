@@ -31,9 +31,15 @@ def watch(event: str, arguments: tuple) -> None:
 
 def readers() -> dict[str, Callable[[Path], Any]]:
     from emformer.configuration import parse, settings_parser
+    from emformer.figures.scene import Scene
+    from emformer.observables import state
+    from emformer.observables.flow import Flow
+    from emformer.parts import UserError
     from emformer.recordings import Recordings, read_records
     from emformer.records import load, read_settings
+    from emformer.report import write
     from emformer.settings import Settings
+    from emformer.text.blocks import encode
     from emformer.text.tokenizers import load as load_tokenizer
     from emformer.trajectory import Trajectory
 
@@ -44,7 +50,29 @@ def readers() -> dict[str, Callable[[Path], Any]]:
         Settings(**{k: v for k, v in vars(parse(settings_parser("", ""), ["-c", str(path)])).items() if k != "config"})
 
     def tokenizer(path: Path) -> None:
-        load_tokenizer(path).encode("the cat sat").ids  # noqa: B018
+        list(encode(iter(["the cat sat", "h" * 60 + "!"]), load_tokenizer(path)))
+
+    def scene(path: Path) -> None:
+        """Drawn, if it is one."""
+        folder = path.parent / "analysis"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder / "scene.safetensors")
+        Scene.load(folder / "scene.safetensors")
+        write(folder)
+
+    def analysis(path: Path) -> None:
+        folder = path.parent / "analysis"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(path, folder / "analysis.json")
+        shutil.copy(path.parent / "whole" / "records.jsonl", folder / "records.jsonl")
+        write(folder)
+
+    def saved_state(path: Path) -> None:
+        observation = Flow().begin()
+        try:
+            state.restore(observation, state.read(path).dump)
+        except (ValueError, LookupError) as error:  # what `analyze` catches, to begin anew
+            raise UserError(str(error) or "damaged") from error
 
     def records(path: Path) -> None:
         read_records(path)
@@ -68,6 +96,9 @@ def readers() -> dict[str, Callable[[Path], Any]]:
         "records": records,
         "parquet": read_records,
         "trajectory": Trajectory.load,
+        "scene": scene,
+        "analysis": analysis,
+        "state": saved_state,
         "model_folder": model_folder,
     }
 

@@ -12,6 +12,8 @@ import pickle
 import random
 import subprocess
 import sys
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,11 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from emformer import parts
+from emformer.figures.scene import stage
 from emformer.model import Emformer
-from emformer.observables import Row
+from emformer.observables import Row, state
+from emformer.observables.flow import Flow
+from emformer.parts import UserError
 from emformer.recordings import Recordings, write_parquet
 from emformer.records import FORMAT, load, read_settings
 from emformer.text import Bytes
@@ -41,8 +46,25 @@ COUNTS = {
     "records": 300,
     "parquet": 100,
     "trajectory": 150,
+    "scene": 60,
+    "analysis": 60,
+    "state": 100,
 }
 FOLDER = 100
+# tokenizers that the library reads and then does not bear, or that make it panic
+UNBEARABLE: list[dict[str, Any]] = [
+    {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    {
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 9,
+            "vocab": {},
+        }
+    },
+    {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(h+)+$"}, "behavior": "Isolated", "invert": False}},
+]
 FAMILIES = ["emformer", "gpt2"]
 SIZES = ["dim", "depth", "heads", "context", "vocab"]
 HUGE = [10**6 + 1, 10**9, 2**40, 10**18, 10**30]
@@ -71,7 +93,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     recordings.close()
     write_parquet(folder)
     capture(net, torch.randint(0, 257, (2, 5))).save(folder / "seen.safetensors")
+    stage(net, tokenizer, torch.randint(0, 257, (2, 12)).numpy()).save(folder / "scene.safetensors")
+    (folder / "analysis.json").write_text(json.dumps({"source": "a run", "request": {"tokens": 30, "length": 5}, "done": [3]}))
+    observation = Flow().begin()
+    observation.update(capture(net, torch.randint(0, 257, (2, 5))))
+    state.save(folder / "state", observation, {"at": 2})
     names = {
+        "scene": "scene.safetensors",
+        "analysis": "analysis.json",
+        "state": "state",
         "checkpoint": "last.ckpt",
         "config": "config.yaml",
         "command_line": "config.yaml",
@@ -87,7 +117,16 @@ def changed(kind: str, whole: bytes, draw: random.Random, folder: Path) -> bytes
     """A file that is well formed and says something else; None for kinds that have no such form."""
     if kind in ("config", "command_line"):
         return yaml.safe_dump(rewritten(yaml.safe_load(whole), draw)).encode()
-    if kind == "tokenizer":
+    if kind in ("scene", "trajectory", "state"):
+        length = int.from_bytes(whole[:8], "little")
+        header = json.loads(whole[8 : 8 + length])
+        meta = header["__metadata__"]
+        name = draw.choice(list(meta))
+        with suppress(ValueError):  # else it is no JSON, but a word
+            meta[name] = json.dumps(rewritten(json.loads(meta[name]), draw))
+        text = json.dumps(header).encode()
+        return len(text).to_bytes(8, "little") + text + whole[8 + length :]
+    if kind in ("tokenizer", "analysis"):
         return json.dumps(rewritten(json.loads(whole), draw)).encode()
     if kind == "records":
         rows = rewritten([json.loads(line) for line in whole.splitlines()], draw)
@@ -98,6 +137,12 @@ def changed(kind: str, whole: bytes, draw: random.Random, folder: Path) -> bytes
         content: dict[str, Any] = torch.load(path, weights_only=True)
         if draw.random() < 0.2:
             content = rewritten(content, draw)  # type: ignore[assignment]
+        elif draw.random() < 0.3:
+            weights = content["state_dict"]
+            name = draw.choice(list(weights))
+            x, numbers = weights[name], torch.zeros(1)
+            strange = [x.long(), x > 0, x.to(torch.complex64), x.to(torch.float8_e4m3fn), x[:1], x.to("meta"), x.to_sparse()]
+            weights[name] = draw.choice([*strange, numbers.expand(x.shape), numbers.expand(10**6, 10**6), None, 1.0, "x", [x]])
         else:
             content["emformer"]["settings"] = rewritten(content["emformer"]["settings"], draw)
         torch.save(content, path)
@@ -134,7 +179,13 @@ def single_files(folder: Path, whole: dict[str, bytes], share: float, canary: Pa
         for k in range(round(share * count)):
             other = changed(kind, whole[kind], draw, folder) if k % 2 else None
             made.append(mutated(whole[kind], draw, canary) if other is None else other)
-        write(folder / f"{kind}.file", {"records": ".jsonl", "parquet": ".parquet"}.get(kind, ".bin"), made)
+        place = folder / f"{kind}.file"
+        write(place, {"records": ".jsonl", "parquet": ".parquet"}.get(kind, ".bin"), made)
+        if kind == "analysis":
+            (place / "whole").mkdir()
+            (place / "whole" / "records.jsonl").write_bytes(whole["records"])
+        if kind == "tokenizer":
+            write(place, ".bin", [json.dumps(json.loads(whole[kind]) | one).encode() for one in UNBEARABLE])
 
 
 def model_folders(folder: Path, whole: dict[str, bytes], share: float, canary: Path) -> None:
@@ -157,6 +208,26 @@ def model_folders(folder: Path, whole: dict[str, bytes], share: float, canary: P
         torch.save(load_file(pickled / "whole" / "model.safetensors"), target)
         (pickled / "whole" / "model.safetensors").unlink()  # else the pickle is not looked at
         write(pickled, "-pytorch_model.bin", bombs(target.getvalue(), canary))
+
+
+def test_a_compressed_archive_is_refused(whole: dict[str, bytes], tmp_path: Path):
+    """Its bytes would be read as numbers where they are mapped, and a small one would fill any memory."""
+    for name, content in (("last.ckpt", whole["checkpoint"]), ("folder", None)):
+        path = tmp_path / name
+        if content is None:
+            model_folder("gpt2", whole, path)
+            target = io.BytesIO()
+            torch.save(load_file(path / "model.safetensors"), target)
+            (path / "model.safetensors").unlink()
+            content = target.getvalue()
+        with (
+            zipfile.ZipFile(io.BytesIO(content)) as source,
+            zipfile.ZipFile(path if path.suffix else path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as copy,
+        ):
+            for entry in source.infolist():
+                copy.writestr(entry.filename, source.read(entry))
+        with pytest.raises(UserError):
+            load(path)
 
 
 def absurd_checkpoints(folder: Path, whole: dict[str, bytes]) -> None:
@@ -206,7 +277,9 @@ def test_damaged_files_are_read_or_refused(outcomes: dict[str, list[dict[str, An
     assert not outcomes["canary"], "code in a file was run"
 
 
-@pytest.mark.parametrize("kind", [f"{kind}.file" for kind in COUNTS] + [f"model_folder.{family}" for family in FAMILIES])
+@pytest.mark.parametrize(
+    "kind", [f"{kind}.file" for kind in COUNTS if kind != "analysis"] + [f"model_folder.{family}" for family in FAMILIES]
+)
 def test_damage_is_noticed(kind: str, outcomes: dict[str, list[dict[str, Any]]]):
     found = [one["outcome"] for one in outcomes[kind]]
     assert found.count("refused") > len(found) / 20

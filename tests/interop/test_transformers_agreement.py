@@ -12,7 +12,7 @@ import emformer as emf
 from emformer import diagnostics, inspection, interop, parts
 from emformer.configuration import revive
 from emformer.model import Emformer
-from emformer.observables.frame import families
+from emformer.observables.frame import defaults
 from emformer.parts import UserError
 
 EVERY = pytest.mark.parametrize("case", CASES)
@@ -120,7 +120,7 @@ def test_everything_can_be_observed(case, checkpoint):
     model = interop.read(checkpoint(case)).model
     tokens = words(batch=12)
     trajectory = emf.capture(model, tokens, labels=tokens % 3)
-    frame = emf.observe(trajectory, families())
+    frame = emf.observe(trajectory, defaults())
     expected = {"flow", "clu", "geo", "breath", "attn", "fol", "sink", "spec", "op", "signal", "lens"}
     if case in ("gpt2", "bert"):  # positions that turn make no matrix
         expected.add("wgf")
