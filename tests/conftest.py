@@ -5,7 +5,9 @@ import torch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz", type=float, default=0.2, help="share of the 2,000 damaged files that are tried; make fuzz: 1")
+    parser.addoption(
+        "--thorough", action="store_true", help="all of the 2,000 damaged files and of the traced variants, not a share of them"
+    )
 
 
 @pytest.fixture(params=range(5), ids="seed{}".format)

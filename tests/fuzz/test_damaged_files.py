@@ -1,4 +1,4 @@
-"""Two thousand damaged files and more, of which `make test` tries a fifth and `make fuzz` all.
+"""Two thousand damaged files and more, of which `make test` tries a tenth and `make thorough` all.
 
 Each is read or refused in one sentence; none hangs, raises, or runs.
 """
@@ -37,7 +37,7 @@ from emformer.trajectory import capture
 
 SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 READER = Path(__file__).with_name("reader.py")
-# mutated files of each kind, and of each file of a model folder, with --fuzz 1
+# mutated files of each kind, and of each file of a model folder, with --thorough
 COUNTS = {
     "checkpoint": 500,
     "config": 400,
@@ -247,7 +247,7 @@ def outcomes(
     whole: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> dict[str, list[dict[str, Any]]]:
     """What became of every file, by folder; "canary" holds an entry if code was run."""
-    base, share = tmp_path_factory.mktemp("damaged"), pytestconfig.getoption("fuzz")
+    base, share = tmp_path_factory.mktemp("damaged"), 1.0 if pytestconfig.getoption("thorough") else 0.1
     files, canary = base / "files", base / "canary"
     files.mkdir()
     single_files(files, whole, share, canary)
