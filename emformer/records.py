@@ -281,6 +281,10 @@ class Loaded:
     def has_tokenizer(self) -> bool:
         return self._tokenizer is not None
 
+    def having(self, model: Emformer) -> Loaded:
+        """The same with another model in its place, as a surgery made one."""
+        return Loaded(model, self._tokenizer, self.config, self.path, self.step, self.family)
+
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None, overwrite: bool = False) -> Path:
         """Write a folder of model, tokenizer and settings that can be given away; `load` reads it. See `emformer.interop.own`."""
         return own.save(self.model, self._tokenizer, self.config, folder, step=self.step, dtype=dtype, overwrite=overwrite)

@@ -59,7 +59,7 @@ def main() -> None:
         config = replace(config, callbacks=[], training=replace(config.training, max_steps=steps, sample=0))
         begin = time.perf_counter()
         run = emf.load(emf.fit(config, given.runs / name, resume=True).path)
-        took, skipped = time.perf_counter() - begin, replace(run, model=surgery.skip(run.model, "attn"))
+        took, skipped = time.perf_counter() - begin, run.having(surgery.skip(run.model, "attn"))
         (ours, flops), (base, of_base) = (stepper(one, run.model.vocab) for one in (config, settings("lowrank")))
         ratio = statistics.median(ours() / base() for _ in range(given.rounds + 2))
         counted = costs(run.model.vocab, config.model)
