@@ -180,8 +180,9 @@ class _Writer:
             return ["dict", *(self.node(item) for pair in value.items() for item in pair)]
         if isinstance(value, set | frozenset | bytes | bytearray | type) or type(value).__module__ == "builtins":
             raise TypeError(f"an observation cannot be saved that holds a {type(value).__name__}")
-        held = _attributes(value)
-        if not hasattr(value, "__dict__") and not any(_slots(type(value))):  # what it knows is out of sight
+        held, ways = _attributes(value), (type(value).__reduce__, type(value).__reduce_ex__)
+        hidden = not hasattr(value, "__dict__") and not any(_slots(type(value)))
+        if hidden or ways != (object.__reduce__, object.__reduce_ex__):  # what it knows is out of sight
             raise TypeError(f"an observation cannot be saved that holds a {type(value).__name__}")
         return ["object", self._layout(value, held), *(self.node(item) for item in held.values())]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,12 +100,18 @@ def test_a_view_of_much_is_written_alone(tmp_path):
     assert (tmp_path / "state").stat().st_size < 10_000
 
 
+HIDDEN = [deque([1]), np.random.default_rng(0), random.Random(0)]  # what they know is in no attribute
+FOREIGN = [{1, 2}, b"bytes", int, open, object(), iter([1]), *HIDDEN]
+
+
 class Sly:
     def __reduce__(self):
         return os.system, ("true",)
 
 
-@pytest.mark.parametrize("value", [{1, 2}, b"bytes", int, open, object(), iter([1])], ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize(
+    "value", FOREIGN, ids=lambda value: type(value).__name__
+)
 def test_what_cannot_be_written_is_refused_at_once(value):
     if value is open:  # a function is of the setting, and a fresh one has none here
         with pytest.raises(ValueError, match="does not have"):
