@@ -109,9 +109,7 @@ class Sly:
         return os.system, ("true",)
 
 
-@pytest.mark.parametrize(
-    "value", FOREIGN, ids=lambda value: type(value).__name__
-)
+@pytest.mark.parametrize("value", FOREIGN, ids=lambda value: type(value).__name__)
 def test_what_cannot_be_written_is_refused_at_once(value):
     if value is open:  # a function is of the setting, and a fresh one has none here
         with pytest.raises(ValueError, match="does not have"):
