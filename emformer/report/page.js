@@ -119,8 +119,9 @@
     };
     input.addEventListener("input", () => { tell(); change(Number(input.value)); });
     tell();
+    input.hidden = names.length < 2; // what it stands at is told all the same
     return { input, set(index) { input.value = index; tell(); change(index); }, get at() { return Number(input.value); }, rename(next) {
-      names = next; input.max = names.length - 1; tell();
+      names = next; input.max = names.length - 1; input.hidden = names.length < 2; tell();
     } };
   }
 
@@ -140,6 +141,7 @@
       timer = setTimeout(tick, 400);
     });
     track.input.addEventListener("pointerdown", stop);
+    button.hidden = count < 2;
     box.controls.append(button);
     return button;
   }
