@@ -130,7 +130,7 @@ def load(path: str | Path) -> hf.Tokenizer:
         reason = error.strerror or "unreadable"
         raise UserError(f"cannot read the tokenizer {path} ({reason}): name an existing tokenizer.json") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text, and so no tokenizer.json: restore it or train a new one") from error
+        raise UserError(f"{path} is no text, so not a whole tokenizer.json: restore it or train a new one") from error
     with guarded(f"{path} is not a whole tokenizer.json", "restore it or train a new one"):
         tokenizer = hf.Tokenizer.from_str(text)
     tokenizer.no_truncation()
