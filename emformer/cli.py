@@ -246,17 +246,10 @@ def _records(arguments: Sequence[str]) -> None:
     parser.add_argument("--parquet", action="store_true", help="write or refresh records.parquet in each run folder")
     parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own observables")
     options = _options(parser, arguments)
-    if options.csv and options.csv.endswith((".jsonl", ".parquet")):
-        raise UserError(f"--csv {options.csv} would overwrite records or look like them; name it .csv.")
     from emformer.listing import by_layer, overview, select
-    from emformer.observables.frame import catalogue
-    from emformer.recordings import read_records, write_parquet
+    from emformer.recordings import write_parquet
 
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        found, known = read_records(options.runs), catalogue()
-    for note in notes:
-        print(f"emformer: {note.message}", file=sys.stderr)
+    found, known = _recorded(options)
     shown = select(found, options.key, options.family, known)
     if options.key or options.family:
         print(by_layer(shown, known))
@@ -400,18 +393,10 @@ def _compare(arguments: Sequence[str]) -> None:
     parser.add_argument("--report", metavar="FILE", help="write an HTML report of these runs, see emformer report")
     parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own observables")
     options = _options(parser, arguments)
-    if options.csv and options.csv.endswith((".jsonl", ".parquet")):
-        raise UserError(f"--csv {options.csv} would overwrite records or look like them; name it .csv.")
     from emformer.comparison import compare, remarks
     from emformer.listing import compared, select
-    from emformer.observables.frame import catalogue
-    from emformer.recordings import read_records
 
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        read, known = read_records(options.runs), catalogue()
-    for note in notes:
-        print(f"emformer: {note.message}", file=sys.stderr)
+    read, known = _recorded(options)
     found = compare(select(read, options.key, options.family, known), step=options.step)
     print(compared(found, known, whole=bool(options.key or options.family)))
     print("\n" + "\n".join(remarks(found)))
@@ -446,6 +431,21 @@ def _report(arguments: Sequence[str]) -> None:
     from emformer.report import write
 
     print(f"wrote {write(options.runs, options.out)}")
+
+
+def _recorded(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The records of the runs and the catalogue of keys, with warnings told on stderr; a CSV may not look like records."""
+    if options.csv and options.csv.endswith((".jsonl", ".parquet")):
+        raise UserError(f"--csv {options.csv} would overwrite records or look like them; name it .csv.")
+    from emformer.observables.frame import catalogue
+    from emformer.recordings import read_records
+
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        found, known = read_records(options.runs), catalogue()
+    for note in notes:
+        print(f"emformer: {note.message}", file=sys.stderr)
+    return found, known
 
 
 class _Parser(argparse.ArgumentParser):

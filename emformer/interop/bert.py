@@ -43,10 +43,7 @@ def read(config: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Emform
     if not any(name.startswith(HEAD) for name in weights.places):
         raise UserError(f"{weights.where}: this BERT has no masked-language head ({HEAD}…), so that it predicts no token.")
     word, decoder = "embeddings.word_embeddings.weight", f"{HEAD}decoder.weight"
-    tied = facts.flag("tie_word_embeddings", True)
-    if tied and decoder in weights.places:
-        tied = weights.same(word, decoder)  # the library, too, believes the weights
-        weights = weights.without(decoder) if tied else weights
+    tied, weights = weights.tied(word, decoder, facts.flag("tie_word_embeddings", True))
     bias, twin = f"{HEAD}bias", f"{HEAD}decoder.bias"
     if twin in weights.places:  # what the decoder adds; `bias` is the same one, or of no use
         weights = weights.renamed(lambda name: {bias: None, twin: bias}.get(name, name))

@@ -42,10 +42,7 @@ def read(config: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Emform
 
     weights = weights.renamed(_name)
     depth = weights.depth("n_layer", depth)
-    tied = facts.flag("tie_word_embeddings", True)
-    if tied and "lm_head.weight" in weights.places:
-        tied = weights.same("wte.weight", "lm_head.weight")  # the library, too, believes the weights
-        weights = weights.without("lm_head.weight") if tied else weights
+    tied, weights = weights.tied("wte.weight", "lm_head.weight", facts.flag("tie_word_embeddings", True))
     settings = Model(
         dim=dim,
         depth=depth,

@@ -40,10 +40,7 @@ def read(config: dict[str, Any], weights: Weights, dtype: torch.dtype) -> Emform
 
     weights = weights.renamed(_name)
     depth = weights.depth("num_hidden_layers", depth)
-    tied = facts.flag("tie_word_embeddings", False)
-    if tied and "lm_head.weight" in weights.places:
-        tied = weights.same("embed_tokens.weight", "lm_head.weight")  # the library, too, believes the weights
-        weights = weights.without("lm_head.weight") if tied else weights
+    tied, weights = weights.tied("embed_tokens.weight", "lm_head.weight", facts.flag("tie_word_embeddings", False))
     operator = LowRank(rank=rank, groups=None if groups == heads else groups)
     settings = Model(
         dim=dim,

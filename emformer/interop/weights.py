@@ -79,9 +79,6 @@ class Weights:
                 found[new] = place
         return Weights(found, self.where)
 
-    def without(self, *names: str) -> Weights:
-        return self.renamed(lambda name: None if name in names else name)
-
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Each tensor once, file by file."""
         files: dict[Path, list[str]] = {}
@@ -96,12 +93,16 @@ class Weights:
         with _opened(self.places[name].file) as get:
             return get(self.places[name].key)
 
-    def same(self, one: str, other: str) -> bool:
-        """Whether both are there, in one shape and type, and equal."""
-        pair = self.places.get(one), self.places.get(other)
-        if pair[0] is None or pair[1] is None or pair[0][2:] != pair[1][2:] or pair[0].dtype not in FLOATS:
-            return False
-        return torch.equal(self.tensor(one), self.tensor(other))
+    def tied(self, word: str, head: str, claimed: bool) -> tuple[bool, Weights]:
+        """Whether the unembedding `head` is the embedding `word`, and the weights without the copy of it. config.json may claim
+        so; where the head is there and another one, the library, too, believes the weights."""
+        if not claimed or head not in self.places:
+            return claimed, self
+        one, other = self.places.get(word), self.places[head]
+        alike = one is not None and one[2:] == other[2:] and other.dtype in FLOATS  # shape and type
+        if not alike or not torch.equal(self.tensor(word), self.tensor(head)):
+            return False, self
+        return True, self.renamed(lambda name: None if name == head else name)
 
     def depth(self, name: str, layers: int) -> int:
         """`layers` of config.json, called `name` there; refused where there are fewer tensors than layers."""

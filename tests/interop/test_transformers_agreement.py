@@ -68,8 +68,8 @@ def test_rounding_in_float32_is_no_worse_than_the_librarys(case, tmp_path):
 
 @EVERY
 def test_a_model_is_built_without_a_draw(case, checkpoint):
-    before = torch.get_rng_state()
-    found = interop.read(checkpoint(case))
+    folder, before = checkpoint(case), torch.get_rng_state()  # making the folder draws
+    found = interop.read(folder)
     assert torch.equal(torch.get_rng_state(), before)
     model = found.model
     assert not model.training and found.masked == case.startswith("bert") and found.tokenizer is None
