@@ -22,7 +22,20 @@ from emformer import parts
 from emformer.parts import UserError
 from emformer.settings import Settings
 
-_HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "placements", "block", "text", "observables", "training")
+_HOMES = (
+    "operators",
+    "kernels",
+    "positions",
+    "masks",
+    "norms",
+    "ffn",
+    "placements",
+    "block",
+    "text",
+    "observables",
+    "training",
+    "theory.experiments",
+)
 LARGEST, DEEPEST = 100_000, 100  # of plain data that may be settings
 
 

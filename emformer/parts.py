@@ -12,7 +12,7 @@ YAML by its class path. Nothing else has to be edited: the contract suite finds 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -246,6 +246,21 @@ class Observable(Part):
     @abstractmethod
     def begin(self) -> Any:
         """Return the `emformer.observables.Observation` that takes trajectories one after the other, then tells its rows."""
+
+
+class Experiment(Part):
+    """Setting of an idealised model that is simulated, and held against what theory says of it.
+
+    `name`: the word that `emformer simulate` knows it by. `title`: what it is about, in one line.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @abstractmethod
+    def run(self, tell: Callable[[float, str], None]) -> Any:
+        """Simulate, and return the `emformer.theory.outcome.Outcome`. `tell` is given the share done, in [0, 1], and a word on
+        what is being done, now and then."""
 
 
 class Cadence(Part):

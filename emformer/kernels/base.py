@@ -5,12 +5,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from emformer.masks import Visible
 from emformer.parts import UserError
-from emformer.types import Contents, Keys, Mixture, Queries, Weights
+from emformer.types import Contents, Keys, Mixture, Queries, Rows, Weights
+
+
+class Affine(NamedTuple):
+    """The context mean as a function of the query: m_h(x) = offset_h + gain_h x, (…, H, d) and (…, H, d, d)."""
+
+    offset: Tensor
+    gain: Tensor
 
 
 class Kernel(nn.Module, ABC):
@@ -54,6 +62,16 @@ class Kernel(nn.Module, ABC):
     @abstractmethod
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         """Multiply-adds a query and head: scores of rank r, mixtures of the given width, of `keys` keys so many visible."""
+
+    def mean_field(self, left: Rows, right: Rows, mean: Tensor, cov: Tensor) -> Affine | None:
+        """m_h(x) = sum_j a(x, y_j) y_j of a query x, all of the cloud visible, in the limit of many tokens y ~ N(mean, cov); None
+        where that is not affine in x, or not known.
+
+        Args:
+            left, right: rows (H, r, d) of L_h^T and R_h^T, M_h = L_h R_h^T.
+            mean: (…, d). cov: (…, d, d), positive semidefinite.
+        """
+        return None
 
 
 class Direct(Kernel):

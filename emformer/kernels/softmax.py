@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from emformer import parts
-from emformer.kernels.base import Kernel, Tempered, scores
+from emformer.kernels.base import Affine, Kernel, Tempered, scores
 from emformer.masks import Visible
-from emformer.types import Contents, Keys, Mixture, Queries, Weights
+from emformer.types import Contents, Keys, Mixture, Queries, Rows, Weights
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class SoftmaxKernel(Kernel):
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         return fused_macs(visible, rank, width)
+
+    def mean_field(self, left: Rows, right: Rows, mean: Tensor, cov: Tensor) -> Affine:
+        # tilting a Gaussian by e^{beta <M^T x, y>} moves its mean by beta Sigma M^T x (math E.6)
+        gain = self.beta * cov.unsqueeze(-3) @ (right.mT @ left)
+        return Affine(mean.unsqueeze(-2).expand(gain.shape[:-1]), gain)
 
 
 def attend(u: Queries, v: Keys, c: Contents, visible: Visible, beta: float) -> Mixture:
