@@ -20,6 +20,7 @@ _HOME = {
     "read_records": "recordings",
     "compare": "comparison",
     "analyze": "studies",
+    "perform": "studies.simulation",
     "load": "records",
     "export": "interop.export",
     "push": "interop.hub",

@@ -33,6 +33,7 @@ commands
   analyze    measure a run, a checkpoint or somebody's model on a text, with everything that can be recorded
   compare    what was recorded of several runs side by side, with intervals of the differences
   report     one HTML file of a run, an analysis, or several
+  simulate   an idealised model, held against what theory says of it
 
 first steps
   emformer fit -c configs/default.yaml --run runs/default
@@ -433,6 +434,54 @@ def _report(arguments: Sequence[str]) -> None:
     print(f"wrote {write(options.runs, options.out)}")
 
 
+def _simulate(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer simulate",
+        usage="%(prog)s EXPERIMENT|FILE.yaml [-c FILE] [--FIELD VALUE] [options]",
+        description="Simulate an idealised model, hold it against theory, and write a folder: the statements with "
+        "what was predicted and measured, charts as numbers, pictures and one HTML page, and records of the trajectories, which "
+        "emformer records and emformer compare read like those of runs. A FILE says its experiment, and the fields that are not "
+        "as by default; later files and options go on top. emformer simulate EXPERIMENT --help explains the fields, "
+        "--print_config shows what they amount to. In Python: emformer.perform.",
+        epilog="examples:  emformer simulate sphere --tokens 64  |  emformer simulate configs/theory/sphere.yaml",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", metavar="DIR", help="the folder (default: simulations/EXPERIMENT or simulations/FILE)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder, if it holds a simulation and nothing else")
+    parser.add_argument(
+        "--observables",
+        metavar="FAMILIES",
+        default=None,
+        help="all, or families as flow,wgf (default: what is quick of flow, clustering and energy)",
+    )
+    parser.add_argument("--no-observe", dest="observe", action="store_false", help="write no records of the trajectories")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own experiments")
+    own = {option for action in parser._actions for option in action.option_strings}
+    options, words = parser.parse_known_args(arguments)
+    _import(options.modules)
+    from emformer import recipes
+
+    if not words or words[0] in ("-h", "--help"):
+        known = recipes.titles()
+        if options.modules:
+            known |= {name: one.title for name, one in recipes.experiments().items()}
+        width = max(map(len, known))
+        listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in known.items())
+        print(f"{parser.format_help()}\nexperiments\n{listed}")
+        sys.exit(0 if words else 2)
+    experiment = recipes.choose(words, parser.prog, also=own)
+    if options.observables and not options.observe:
+        raise UserError("--observables and --no-observe exclude each other; choose one.")
+    from emformer.listing import verdicts
+    from emformer.studies.simulation import OBSERVED, perform, read_statements
+
+    observables = (options.observables or OBSERVED) if options.observe else None
+    out = options.out or recipes.folder(words, experiment)
+    folder = perform(experiment, out=out, observables=observables, overwrite=options.overwrite)
+    print(f"{experiment.title}\n\n{verdicts(read_statements(folder))}\n\nwrote {folder}")
+
+
 def _recorded(options: argparse.Namespace) -> tuple[Any, Any]:
     """The records of the runs and the catalogue of keys, with warnings told on stderr; a CSV may not look like records."""
     if options.csv and options.csv.endswith((".jsonl", ".parquet")):
@@ -466,11 +515,7 @@ def _parser(command: str, description: str) -> argparse.ArgumentParser:
 
 def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
     options, unknown = parser.parse_known_args(arguments)
-    for module in getattr(options, "modules", ()):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise UserError(f"--import {module}: {error}.") from error
+    _import(getattr(options, "modules", ()))
     if unknown:
         import difflib
 
@@ -479,6 +524,14 @@ def _options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpa
         hint = f"did you mean {near[0]}?" if near else f"{parser.prog} --help lists the options."
         raise UserError(f"'{unknown[0]}' is no option of {parser.prog}; {hint}")
     return options
+
+
+def _import(modules: Sequence[str]) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise UserError(f"--import {module}: {error}.") from error
 
 
 def _seed(text: str | int) -> int:
@@ -505,6 +558,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "analyze": _analyze,
     "compare": _compare,
     "report": _report,
+    "simulate": _simulate,
 }
 
 if __name__ == "__main__":

@@ -22,20 +22,7 @@ from emformer import parts
 from emformer.parts import UserError
 from emformer.settings import Settings
 
-_HOMES = (
-    "operators",
-    "kernels",
-    "positions",
-    "masks",
-    "norms",
-    "ffn",
-    "placements",
-    "block",
-    "text",
-    "observables",
-    "training",
-    "theory.experiments",
-)
+_HOMES = ("operators", "kernels", "positions", "masks", "norms", "ffn", "placements", "block", "text", "observables", "training")
 LARGEST, DEEPEST = 100_000, 100  # of plain data that may be settings
 
 
@@ -51,12 +38,12 @@ def settings_parser(prog: str, description: str, also: Sequence[str] = ()) -> Ar
     return parser
 
 
-def load_parts() -> None:
-    """Import every module of emformer that holds parts, so that they can be named by class alone.
+def load_parts(homes: Sequence[str] = _HOMES) -> None:
+    """Import every module of emformer (or of some of its `homes`) that holds parts, so that they can be named by class alone.
 
     They are found, not listed: a variant in a new file of `operators/` needs no second edit.
     """
-    for home in _HOMES:
+    for home in homes:
         module = importlib.import_module(f"emformer.{home}")
         for found in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{module.__name__}."):
             importlib.import_module(found.name)
@@ -64,12 +51,12 @@ def load_parts() -> None:
 
 def parse(parser: ArgumentParser, arguments: Sequence[str]) -> Any:
     """The parsed and instantiated namespace. Raises `UserError` in one sentence for whatever is wrong."""
-    for path in _files(arguments):
+    for path in files(arguments):
         read_yaml(path)
     try:
         found = parser.instantiate(parser.parse_args(list(arguments)))
         for name in Settings.__dataclass_fields__:
-            _check_nulls(getattr(found, name, None), name)
+            check_nulls(getattr(found, name, None), name)
         return found
     except (ArgumentError, TypeError, ValueError, KeyError) as error:
         raise UserError(explain(error, parser)) from error
@@ -112,8 +99,8 @@ def _check_size(content: Any, where: str) -> None:
                 open_.append((item, depth + 1))
 
 
-def _files(arguments: Sequence[str]) -> Iterator[str]:
-    """What follows -c or --config."""
+def files(arguments: Sequence[str]) -> Iterator[str]:
+    """What follows -c or --config on a command line."""
     for word, after in zip_longest(arguments, arguments[1:]):
         if word in ("-c", "--config") and after is not None:
             yield after
@@ -138,7 +125,7 @@ def revive(plain: dict[str, Any]) -> Settings:
     parser.add_class_arguments(Settings, nested_key=None, as_group=False)
     try:
         found = Settings(**vars(parser.instantiate(parser.parse_object(copy.deepcopy(plain)))))
-        _check_nulls(found, "settings")
+        check_nulls(found, "settings")
         return found
     except (ArgumentError, TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise UserError(explain(error, parser)) from error
@@ -170,21 +157,21 @@ def _check_trust(value: Any, hint: Any, where: str) -> None:
             _check_trust(item, hints.get(key), f"{where}.{key}")
 
 
-def _check_nulls(value: Any, where: str) -> None:
+def check_nulls(value: Any, where: str) -> None:
     """Raise for a null where the type has none: the parser lets it pass."""
     if isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _check_nulls(item, f"{where}[{index}]")
+            check_nulls(item, f"{where}[{index}]")
     elif isinstance(value, dict):
         for key, item in value.items():
-            _check_nulls(item, f"{where}.{key}")
+            check_nulls(item, f"{where}.{key}")
     elif is_dataclass(value):
         hints = get_type_hints(type(value))
         for one in fields(value):
             item = getattr(value, one.name)
             if item is None and type(None) not in get_args(hints[one.name]) and hints[one.name] is not Any:
                 raise UserError(f"{where}.{one.name} is null, which it cannot be.")
-            _check_nulls(item, f"{where}.{one.name}")
+            check_nulls(item, f"{where}.{one.name}")
 
 
 def _loaded_class(path: str, where: str) -> type:
@@ -259,8 +246,10 @@ def _subclasses(base: type) -> Iterator[type]:
 
 
 def _names(base: type) -> Iterator[str]:
-    """Names and fields of every part that is loaded."""
+    """Names and fields of every part that is loaded, and that settings of a run may have."""
     for part in _subclasses(base):
+        if issubclass(part, parts.Experiment):
+            continue
         yield part.__name__
         if is_dataclass(part):
             yield from (field.name for field in fields(part))

@@ -11,6 +11,7 @@ import pandas as pd
 
 from emformer.observables.frame import Key
 from emformer.parts import UserError
+from emformer.theory.outcome import Statement
 
 STEPS = 8  # columns of a table by step
 UNDEFINED = ".undefined"  # see `emformer.observables.Moments`
@@ -107,6 +108,25 @@ def compared(found: pd.DataFrame, known: Mapping[str, Key], *, whole: bool) -> s
 
 
 _PLACE = ("layer", "point", "head", "cloud", "param")
+
+
+def verdicts(statements: Sequence[Statement]) -> str:
+    """A line a claim: whether it held, what was predicted and measured (± standard error), from how many, and what it says."""
+    signs = {"equals": "", "at most": "≤ ", "at least": "≥ "}
+    table = [["", "predicted ± allowed", "measured", "± error", "n", "claim"]]
+    for one in statements:
+        expected = f"{signs[one.how]}{short(one.predicted, 4)}" if one.how in signs else ""
+        allowed = f" ± {short(one.tolerance, 2)}" if expected and one.how == "equals" else ""
+        error = f"± {short(one.error, 2)}" if not math.isnan(one.error) else ""
+        table.append([verdict(one), expected + allowed, short(one.measured, 4), error, str(one.n), f"{one.claim} ({one.source})"])
+    return "\n".join(_aligned(table, "<><<><"))
+
+
+def verdict(statement: Statement) -> str:
+    """Whether its claim held, in a word or two."""
+    if statement.held is None:
+        return "told" if statement.how == "measured" else "undefined"
+    return "held" if statement.held else "NOT held"
 
 
 def _against(row: Mapping[Hashable, Any]) -> list[str]:

@@ -236,7 +236,8 @@ class Observable(Part):
 
     `family`: the short name that `emformer.observe` knows it by. `keys`: every key that its rows may have, and for each the
     definition, unit, range and null in one line. `needs`: what a trajectory must have for it ("model": operators, heads and
-    patterns; "reads": read clouds; "labels"; "tokens"); where that lacks it is skipped, and said so.
+    patterns; "vocabulary": a model with words to predict, more than one; "reads": read clouds; "labels"; "tokens"); where that
+    lacks it is skipped, and said so.
     """
 
     family: ClassVar[str]

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(FOLDER.rglob("*.yaml"))
+EXPERIMENTS = sorted((FOLDER / "theory").glob("*.yaml"))  # of `emformer simulate`
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(EXPERIMENTS))  # of `emformer fit`
 
 
 def name(config: Path) -> str:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import yaml
-from configurations import CONFIGS, FOLDER, files, name
+from configurations import CONFIGS, EXPERIMENTS, FOLDER, files, name
 
-from emformer import cli
+from emformer import cli, recipes
 from emformer.records import load, read_journal, read_settings
 from emformer.text import Grammar
 
@@ -79,8 +79,9 @@ def test_what_differs_from_the_default_is_explained(config: Path):
     assert all(len(line) <= 140 and "\t" not in line and line == line.rstrip() for line in lines)
 
 
-@named
-def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFixture[str]):
+def strictly(config: Path) -> dict:
+    """What a file says, each key of it once."""
+
     class Strict(yaml.SafeLoader):
         pass
 
@@ -90,7 +91,12 @@ def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFi
         return loader.construct_mapping(node, deep=True)
 
     Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    said = yaml.load(config.read_text(), Strict)
+    return yaml.load(config.read_text(), Strict)
+
+
+@named
+def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFixture[str]):
+    said = strictly(config)
     with pytest.raises(SystemExit) as end:
         cli.main(["fit", *files(config), "--print_config"])
     assert not end.value.code
@@ -98,6 +104,26 @@ def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFi
     # a part may be written {class_path: X} or X; `functional: {}` is a class without arguments
     missing = [dotted for dotted in paths(said) if dotted not in resolved]
     assert not missing, missing
+
+
+def test_every_experiment_has_a_configuration():
+    assert set(recipes.titles()) <= {strictly(config)["experiment"] for config in EXPERIMENTS}
+
+
+@pytest.mark.parametrize("config", EXPERIMENTS, ids=name)
+def test_an_experiment_is_set_out_in_full(config: Path):
+    """Above: where it is from, what outcome to expect and how long it takes; then every field, with what it does and its range."""
+    lines = config.read_text().splitlines()
+    assert all(len(line) <= 140 and "\t" not in line and line == line.rstrip() for line in lines)
+    above = [line for line in lines if line.startswith("#")]
+    assert above == lines[: len(above)] and len(above) >= 3 and len(above[0]) > 30
+    told = " ".join(above).lower()
+    assert "math" in told and "expected" in told and re.search(r"\d+ (s|seconds|minutes?)\b", told)
+    said = strictly(config)
+    experiment = recipes.read_recipe(config)
+    assert said == recipes.plain(experiment) and list(said) == list(recipes.plain(experiment)), "every field, in its order"
+    for line in lines[len(above) + 1 :]:
+        assert re.match(r"\w+: [^#]+# .{3,}", line), line
 
 
 @pytest.fixture(scope="session")

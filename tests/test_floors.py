@@ -17,6 +17,7 @@ FLOORS: Mapping[str, int] = {
     "parts": 0,
     "settings": 0,
     "configuration": 0,
+    "recipes": 0,
     "memory": 0,
     "files": 0,
     "text": 0,

@@ -6,6 +6,7 @@ use what an earlier one made. What is shrunken, and nothing else is:
 * `make TARGET` is shown by `make -n` in the repository; the `emformer` lines that it would run are then run as below;
 * `emformer fit` gets two steps, two rows a batch, a few validation windows and prompts (`SHORT`), after its own options;
 * `python train/…` gets the options in `SCRIPTS`, after its own; FILE is a small text;
+* `emformer simulate` gets the fields of the experiment's small example, after its own options;
 * every other `emformer` command and every Python block is run as it stands.
 
 Other commands, and fences of another language, fail: whoever writes one says here what becomes of it.
@@ -13,6 +14,7 @@ Other commands, and fences of another language, fail: whoever writes one says he
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -24,7 +26,8 @@ from typing import NamedTuple
 
 import pytest
 
-from emformer import cli
+from emformer import cli, recipes
+from emformer.configuration import read_yaml
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -43,6 +46,7 @@ SHORT = {
 SCRIPTS = {
     "train/analyze.py": ["--tokens", "1500"],
     "train/compare.py": ["--steps", "2", "--every", "2", "--seeds", "1"],
+    "train/simulate.py": ["--time", "2"],
     "train/variants.py": ["lowrank", "sinkhorn", "--steps", "2", "--rounds", "2"],
 }
 # words of a command that sets the project up; looked at, not run
@@ -114,6 +118,18 @@ def run_shell(command: str, folder: Path) -> None:
     elif words[0] == "emformer":
         if "fit" in words[1:2]:
             words += [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
+        if "simulate" in words[1:2] and "--help" not in words:
+            asked = [word for word in words[2:] if word not in ("--out", "--overwrite") and not word.startswith("simulations/")]
+            small = type(recipes.choose(asked)).examples()[0]
+            words += [
+                word
+                for name, value in recipes.plain(small).items()
+                for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
+            ]
+            # the many small steps of a simulation are ten times as fast without the checks of types that tests have
+            done = subprocess.run([sys.executable, "-m", *words], cwd=folder, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            return
         try:
             cli.main(words[1:])
         except SystemExit as end:
@@ -159,6 +175,7 @@ def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_configurations_it_names_are_those_there_are():
     content = README.read_text()
     there = {path.name for path in (ROOT / "configs").glob("*.yaml")}
+    there |= {f"theory/{path.name}" for path in (ROOT / "configs" / "theory").glob("*.yaml")}
     told = set(re.findall(r"`(?:configs/)?([\w./-]+\.yaml)`", content)) - {"config.yaml"}
     assert told == there, told ^ there
 
@@ -167,6 +184,19 @@ def test_its_table_has_every_variant():
     variants = {path.stem for path in (ROOT / "configs" / "variants").glob("*.yaml")}
     table = README.read_text().split("| variant |")[1].split("\n\n")[0]
     assert set(re.findall(r"^\| ([\w-]+) +\|", table, re.MULTILINE)) == variants
+
+
+def test_its_table_has_every_experiment():
+    """Each with the configurations that are of it."""
+    table = README.read_text().split("| experiment | what")[1].split("\n\n")[0]
+    told = {
+        row[0]: set(re.findall(r"`([\w./-]+)`", row[2]))
+        for row in re.findall(r"^\| ([\w-]+) \| (.+) \| (.+) \|$", table, re.MULTILINE)
+    }
+    there: dict[str, set[str]] = {name: set() for name in recipes.titles()}
+    for path in (ROOT / "configs" / "theory").glob("*.yaml"):
+        there[read_yaml(path)["experiment"]].add(f"theory/{path.name}")
+    assert told == there
 
 
 def test_the_files_it_names_are_there():

@@ -189,7 +189,7 @@ def legend(figure: Figure, where: Sequence[Place], handles: Sequence[Artist], nu
         figure.legend(handles=shown, loc="outside lower center", ncols=4)
 
 
-def shading(low: int, high: int) -> ScalarMappable:
+def shading(low: float | int, high: float | int) -> ScalarMappable:
     """Colours from pale at `low` to dark at `high` (of an empty range, dark), all of them legible on white."""
     return ScalarMappable(Normalize(low if high > low else high - 1, high), _pale_to_dark())
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from emformer import parts
-from emformer.kernels.base import Kernel, Tempered, scores
+from emformer.kernels.base import Affine, Kernel, Tempered, scores
 from emformer.kernels.softmax import attend, fused_macs, masked_softmax
 from emformer.masks import Visible
-from emformer.types import Contents, Keys, Mixture, Queries, Weights
+from emformer.types import Contents, Keys, Mixture, Queries, Rows, Weights
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,15 @@ class L2Kernel(Kernel):
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         return fused_macs(visible, rank + 1, width)
+
+    def mean_field(self, left: Rows, right: Rows, mean: torch.Tensor, cov: torch.Tensor) -> Affine:
+        # the bias of the key makes the cloud narrower, Sigma -> C Sigma with C = (1 + beta Sigma R R^T)^-1; what is left is
+        # softmax's tilt of that cloud. All eigenvalues of what is inverted are at least 1.
+        cov, mean = cov.unsqueeze(-3), mean.unsqueeze(-2).unsqueeze(-1)
+        narrowed = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device) + self.beta * cov @ (right.mT @ right)
+        tilt = self.beta * cov @ (right.mT @ left)
+        solved = torch.linalg.solve(narrowed, torch.cat([mean.expand(*tilt.shape[:-1], 1), tilt], -1))
+        return Affine(solved[..., 0], solved[..., 1:])
 
 
 def _lifted(u: Queries, v: Keys) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from emformer import parts
-from emformer.kernels.base import Kernel, Tempered, mix, scores
+from emformer.kernels.base import Affine, Kernel, Tempered, mix, scores
 from emformer.masks import Visible
-from emformer.types import Contents, Keys, Mixture, Queries, Weights
+from emformer.types import Contents, Keys, Mixture, Queries, Rows, Weights
 
 
 @dataclass(frozen=True)
@@ -51,3 +53,9 @@ class LinearKernel(Kernel):
 
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         return 2 * rank * width if visible == keys else keys * (rank + width)
+
+    def mean_field(self, left: Rows, right: Rows, mean: Tensor, cov: Tensor) -> Affine:
+        # beta E[y y^T] M^T x, of any law with these moments
+        moment = cov + mean.unsqueeze(-1) * mean.unsqueeze(-2)
+        gain = self.beta * moment.unsqueeze(-3) @ (right.mT @ left)
+        return Affine(gain.new_zeros(gain.shape[:-1]), gain)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from emformer import parts
-from emformer.kernels.base import Direct, Tempered, scores
+from emformer.kernels.base import Affine, Direct, Tempered, scores
 from emformer.masks import Visible
 from emformer.parts import UserError
-from emformer.types import Keys, Queries, Weights
+from emformer.types import Keys, Queries, Rows, Weights
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,19 @@ class SinkhornKernel(Direct):
     def macs(self, keys: int, visible: float, rank: int, width: int) -> int:
         # about ten iterations of two passes over the weights; P^T P and a solve, for all queries together
         return keys * (rank + width + 20) + keys * keys * 4 // 3
+
+    def mean_field(self, left: Rows, right: Rows, mean: Tensor, cov: Tensor) -> Affine:
+        # Given its query a key is Gaussian again, of covariance C = S (1 - t^2) S^T for a root S of Sigma and t the correlations
+        # that solve t = s (1 - t^2), s the singular values of beta S^T M^T S. So 1 - t^2 = 2/(1 + sqrt(1 + 4 s^2)): nothing
+        # cancels where s is small, and as Sigma is not inverted it may be singular (math E.6).
+        values, vectors = torch.linalg.eigh(cov)
+        root = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)).unsqueeze(-3)
+        tilt = self.beta * (right.mT @ left)
+        axes, s, _ = torch.linalg.svd(root.mT @ tilt @ root)
+        rest = root @ axes * (2 / (1 + (1 + 4 * s.square()).sqrt())).sqrt().unsqueeze(-2)
+        gain = rest @ rest.mT @ tilt
+        mean = mean.unsqueeze(-2)
+        return Affine(mean - (gain @ mean.unsqueeze(-1)).squeeze(-1), gain)
 
 
 _NEWTON = 30  # steps at most

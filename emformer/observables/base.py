@@ -290,6 +290,7 @@ def lacks(observable: parts.Observable, trajectory: Trajectory) -> str | None:
         "reads": trajectory.states[0].read is not None,
         "labels": trajectory.labels is not None,
         "tokens": trajectory.tokens is not None,
+        "vocabulary": trajectory.model is not None and trajectory.model.vocab > 1,
     }
     return next((need for need in sorted(observable.needs) if not has[need]), None)
 

@@ -29,8 +29,9 @@ class Directions(parts.Observable):
     with the largest and half with the least eigenvalues, none with eigenvalue 0, of the eigenvalue with the logarithm of variance
     after the attention step over variance before it, of the prompt's tokens along that direction. The law holds for softmax
     attention in a cloud that is Gaussian and round; real ones are neither, and what positions add is left out: whether the
-    prediction is worth something is the question. Kernels that are no softmax of the score have no rows. Cost: d^3 a layer once,
-    and N d `directions` a prompt and step.
+    prediction is worth something is the question. The ranks may be right where every variance grows, so the signs are told too:
+    does the cloud shrink along the directions that gather. Kernels that are no softmax of the score have no rows. Cost: d^3 a
+    layer once, and N d `directions` a prompt and step.
 
     Args:
         directions: at most so many.
@@ -45,6 +46,9 @@ class Directions(parts.Observable):
         "op.directions_rank": "rank correlation of the eigenvalues of B = F M^T + M F^T with the growth of log variance along "
         "their directions in an attention step; [-1, 1]; 1 the cloud spreads and gathers as predicted; null 0, sd "
         "1/sqrt(directions - 1)",
+        "op.directions_sign": "share of the directions with a negative eigenvalue of B along which variance falls in an "
+        "attention step (param 'gathers'), with a positive one along which it grows ('spreads'); [0, 1]; null the share of all "
+        "directions along which it falls (grows)",
     }
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
 
@@ -79,6 +83,12 @@ class _Directions(Observation):
             found_rank = rank_correlation(values, (after / before).log()) if known else torch.full_like(before[:, 0], torch.nan)
             sd = 1 / math.sqrt(len(values) - 1) if known else None
             self._moments.add(found_rank, step.layer, step.point, "op.directions_rank", null=0.0, null_sd=sd)
+            grown = (after / before).log()
+            for sign, param in ((-1, "gathers"), (1, "spreads")):
+                right = (sign * grown > 0).double().where(grown.isfinite(), torch.nan)
+                mine = sign * values > 0
+                shares = right[:, mine].nanmean(1), right.nanmean(1)
+                self._moments.add(shares[0], step.layer, step.point, "op.directions_sign", param=param, null=shares[1])
 
     def rows(self) -> list[Row]:
         return self._moments.rows()

@@ -36,7 +36,7 @@ class Lens(parts.Observable):
         "lens.collapse_depth": "first layer from which on the top token is the model's; 0 .. L; null L - sum_m V^-m, m = 1 .. L",
         "lens.caustic_depth": "layer l whose step lets the entropy fall most; 0 .. L-1; undefined where none falls",
     }
-    needs: ClassVar[frozenset[str]] = frozenset({"model"})
+    needs: ClassVar[frozenset[str]] = frozenset({"model", "vocabulary"})
 
     def begin(self) -> Observation:
         return _Lens()

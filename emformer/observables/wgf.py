@@ -1,35 +1,41 @@
-"""Family "wgf": how far attention is from a gradient flow, and whether the cloud climbs the energy that it would climb."""
+"""Family "wgf": how far attention is from a gradient flow, and whether the cloud climbs the energy that it would climb.
+
+Beside it `emformer.observables.controls` says what the same instrument reads where the answer is known, and
+`emformer.observables.landscape` how much the energy changes from layer to layer.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from emformer import parts
-from emformer.block import Block
-from emformer.diagnostics import Effective, effective
 from emformer.geometry import integrability, paths
-from emformer.geometry.integrability import Field, Space
 from emformer.geometry.spectra import wide
-from emformer.kernels.base import scores
-from emformer.masks import visible
-from emformer.norms import Norm
 from emformer.observables.base import Moments, Observation, Row
-from emformer.observables.energy import temperature
+from emformer.observables.fields import Layer, has_field, joined, layer, rounding, space_of, weights_of_one
 from emformer.parts import UserError
-from emformer.placements import Retraction
 from emformer.trajectory import Trajectory
 
-ROUNDING = {torch.float64: 1e-12}  # of log E, by type of the clouds
-HALF_AND_FLOAT = 1e-6
 AT_ONCE = 16  # probes, as so many copies of a cloud
 
 Where = tuple[int | None, str | None, str | None]
+
+KEYS: Mapping[str, str] = {
+    "wgf.omega": "|(J - J^T)/2|^2/|J|^2 of the field's Jacobian; [0, 1]; 0 a gradient; null .5; param 'z': each velocity times "
+    "its partition sum, which undoes softmax (one head); controls: 'shuffled' singular vectors, the 'gradient' corner (0)",
+    "wgf.r2": "cos^2(field, grad E) over the cloud; [0, 1]; null 1/(N (d - 1)); param 'best': best mixture of heads; controls: "
+    "'shuffled' singular vectors, 'random' velocities, the 'gradient' corner (1)",
+    "wgf.viol": "share of prompts in which a step lowers E; [0, 1]; null .5; param 'fixed': share of all steps that lower the "
+    "energy of the mean form; controls: 'random' steps as long, the 'gradient' corner (0)",
+    "wgf.tv_ratio": "sum of the falls of log E over the sum of its changes, over prompts; [0, 1]; null .5; param 'fixed': of the "
+    "energy of the mean form, over depth",
+    "wgf.dissip_slope": "slope of the change of log E on <grad log E, step>, over prompts; 1 for small steps",
+}
 
 
 @dataclass(frozen=True)
@@ -57,16 +63,7 @@ class GradientFlow(parts.Observable):
     seed: int = 0
 
     family: ClassVar[str] = "wgf"
-    keys: ClassVar[Mapping[str, str]] = {
-        "wgf.omega": "|(J - J^T)/2|^2/|J|^2 of the field's Jacobian; [0, 1]; 0 a gradient; null .5; param 'z': each velocity "
-        "times its partition sum, which undoes softmax (one head)",
-        "wgf.r2": "cos^2(field, grad E) over the cloud; [0, 1]; null 1/(N (d - 1)); param 'best': best mixture of heads",
-        "wgf.viol": "share of prompts in which a step lowers E; [0, 1]; null .5; param 'fixed': share of all steps that lower "
-        "the energy of the mean form",
-        "wgf.tv_ratio": "sum of the falls of log E over the sum of its changes, over prompts; [0, 1]; null .5; param 'fixed': of "
-        "the energy of the mean form, over depth",
-        "wgf.dissip_slope": "slope of the change of log E on <grad log E, step>, over prompts; 1 for small steps",
-    }
+    keys: ClassVar[Mapping[str, str]] = KEYS
     needs: ClassVar[frozenset[str]] = frozenset({"model"})
 
     def __post_init__(self) -> None:
@@ -75,41 +72,6 @@ class GradientFlow(parts.Observable):
 
     def begin(self) -> Observation:
         return _GradientFlow(self.prompts, self.probes, self.seed)
-
-
-class Layer(NamedTuple):
-    """One attention step as a field: what it is, where it is taken, and its own energy.
-
-    `field` maps theta to velocities; `forms` (H, d, d) and `beta` make the energy; `weighted` is the field times the partition
-    sums of the queries, or None where there is not one softmax.
-    """
-
-    space: Space
-    field: Field
-    weighted: Field | None
-    forms: Tensor
-    beta: float
-
-    @property
-    def param(self) -> str | None:
-        return "ambient" if self.space == "ambient" else None
-
-
-@torch.no_grad()
-def layer(trajectory: Trajectory, k: int) -> Layer | None:
-    """Step k as a field on clouds (B, N, d) in float64, differentiable in either mode; None where there is none."""
-    block = trajectory.block(k)
-    if not _has_field(block):
-        return None
-    kernel = block.attention.kernel
-    told = effective(block)
-    space, dim = _space(block), told.form.shape[-1]
-    scale = 1.0 if space == "ambient" else dim**0.5
-    beta = temperature(kernel)
-    field = _field(block, told, scale)
-    weighted = None if beta is None or len(told.form) > 1 else _weighted(trajectory, k, field, told, scale, beta)
-    symmetric = scale**2 * (told.form + told.form.mT) / 2
-    return Layer(space, field, weighted, symmetric, getattr(kernel, "beta", 1.0))
 
 
 class _GradientFlow(Observation):
@@ -128,8 +90,8 @@ class _GradientFlow(Observation):
     def _take(self, trajectory: Trajectory) -> None:
         """A few prompts, whose patterns can be held."""
         count = min(self._left, trajectory.prompts)
-        known = [k for k in trajectory.attentions if _has_field(trajectory.block(k))]
-        if any(_size(trajectory, k) > trajectory.budget for k in known):
+        known = [k for k in trajectory.attentions if has_field(trajectory.block(k))]
+        if any(weights_of_one(trajectory, k) > trajectory.budget for k in known):
             self._undefined(trajectory, known, count)
         else:
             self._look(trajectory, count)
@@ -140,8 +102,8 @@ class _GradientFlow(Observation):
         nothing = torch.full((count,), torch.nan, dtype=torch.float64)
         for k in known:
             step, block = trajectory.steps[k], trajectory.block(k)
-            at, param = (step.layer, step.point), "ambient" if _space(block) == "ambient" else None
-            climbs = param if step.ffn is None else _joined("parallel", param)
+            at, param = (step.layer, step.point), "ambient" if space_of(block) == "ambient" else None
+            climbs = param if step.ffn is None else joined("parallel", param)
             self._moments.add(nothing, *at, "wgf.omega", param=param, null=0.5)
             self._moments.add(nothing, *at, "wgf.r2", param=param)
             self._moments.add(nothing, *at, "wgf.viol", param=climbs, null=0.5)
@@ -160,8 +122,8 @@ class _GradientFlow(Observation):
     def _field(self, trajectory: Trajectory, k: int, one: Layer, count: int) -> None:
         step = trajectory.steps[k]
         at, x = (step.layer, step.point), wide(step.before[:count])
-        probes = min(AT_ONCE, trajectory.budget // _size(trajectory, k))
-        for field, param in ((one.field, one.param), (one.weighted, _joined("z", one.param))):
+        probes = min(AT_ONCE, trajectory.budget // weights_of_one(trajectory, k))
+        for field, param in ((one.field, one.param), (one.weighted, joined("z", one.param))):
             if field is None:
                 continue
             # prompt by prompt, so that what a prompt's probes are does not hang on the prompts beside it
@@ -171,31 +133,26 @@ class _GradientFlow(Observation):
             ]
             self._moments.add(torch.cat([each.value for each in found]), *at, "wgf.omega", param=param, null=0.5)
             self._errors.setdefault((*at, param), []).extend(float(each.error) for each in found)
-        gradients, log_energy = _gradients(one, x)
-        share = log_energy.softmax(-1)[..., None, None]
-        velocity = one.field(_place(x, one.space))
-        freedom = x.shape[1] * (x.shape[2] - {"ambient": 0, "sphere": 1, "centred": 2}[one.space])
+        velocity, freedom = one.field(one.place(x)), one.freedom(x)
         null = 1 / freedom if freedom > 0 else None
-        found = integrability.alignment(velocity, (share * gradients).sum(1), x, one.space)
+        found = integrability.alignment(velocity, one.gradient(x), x, one.space)
         self._moments.add(found, *at, "wgf.r2", param=one.param, null=null)
-        if gradients.shape[1] > 1:
-            best = integrability.best_alignment(velocity, gradients, x, one.space)
-            self._moments.add(best, *at, "wgf.r2", param=_joined("best", one.param))
+        if len(one.forms) > 1:
+            best = integrability.best_alignment(velocity, one.gradients(x)[0], x, one.space)
+            self._moments.add(best, *at, "wgf.r2", param=joined("best", one.param))
 
     def _climb(self, trajectory: Trajectory, k: int, one: Layer, count: int) -> None:
         step = trajectory.steps[k]
         # of a parallel block the attention's share alone
         after = step.after if step.ffn is None else trajectory.halves(k)[0]
-        param = one.param if step.ffn is None else _joined("parallel", one.param)
+        param = one.param if step.ffn is None else joined("parallel", one.param)
         x, moved = wide(step.before[:count]), wide(after[:count]) - wide(step.before[:count])
-        gradients, log_energy = _gradients(one, x)
-        gradient = (log_energy.softmax(-1)[..., None, None] * gradients).sum(1)
         speed = moved
         if one.space != "ambient":
             speed = moved * paths.split(x, moved, one.space == "centred").mobility.unsqueeze(-1)
-        predicted = (gradient * speed).sum((-2, -1))
-        change = _total(one, wide(after[:count])) - log_energy.logsumexp(-1)
-        viol = integrability.violations(change, _rounding(step.before))
+        predicted = (one.gradient(x) * speed).sum((-2, -1))
+        change = one.total(wide(after[:count])) - one.total(x)
+        viol = integrability.violations(change, rounding(step.before))
         self._moments.add(viol, step.layer, step.point, "wgf.viol", param=param, null=0.5)
         self._changes.setdefault((step.layer, step.point, param), []).append((change.cpu(), predicted.cpu()))
 
@@ -203,11 +160,11 @@ class _GradientFlow(Observation):
         """One energy for all layers, of the mean form over layers and heads, along all states."""
         mean = torch.stack([one.beta * one.forms.mean(0) for one in known]).mean(0, keepdim=True)
         fixed = known[0]._replace(forms=mean, beta=1.0)
-        change = torch.stack([_total(fixed, wide(x[:count])) for x in trajectory.clouds]).diff(dim=0)
-        falls = integrability.violations(change, _rounding(trajectory.clouds[0])).mean(0)
-        self._moments.add(falls, None, None, "wgf.viol", param=_joined("fixed", fixed.param), null=0.5)
+        change = torch.stack([fixed.total(wide(x[:count])) for x in trajectory.clouds]).diff(dim=0)
+        falls = integrability.violations(change, rounding(trajectory.clouds[0])).mean(0)
+        self._moments.add(falls, None, None, "wgf.viol", param=joined("fixed", fixed.param), null=0.5)
         ratio = integrability.variation_ratio(change)
-        self._moments.add(ratio, None, None, "wgf.tv_ratio", param=_joined("fixed", fixed.param), null=0.5)
+        self._moments.add(ratio, None, None, "wgf.tv_ratio", param=joined("fixed", fixed.param), null=0.5)
 
     def rows(self) -> list[Row]:
         found = []
@@ -216,85 +173,15 @@ class _GradientFlow(Observation):
             # between prompts the spread holds the probes' noise too; of one prompt there is that alone
             alone = row.key == "wgf.omega" and row.n_valid == 1 and len(errors) == 1
             found.append(row._replace(se=errors[0]) if alone else row)
-        for (layer, point, param), pairs in self._changes.items():
+        for (at, point, param), pairs in self._changes.items():
             change, predicted = (torch.cat(values) for values in zip(*pairs, strict=True))
-            found.append(_ratio(change)._replace(layer=layer, point=point, param=param))
+            found.append(_ratio(change)._replace(layer=at, point=point, param=param))
             slope = integrability.dissipation_slope(change, predicted)
             told = slope.slope if slope.slope == slope.slope else None
             error = slope.error if slope.error == slope.error else None
-            row = Row(layer, point, "wgf.dissip_slope", told, se=error, n_valid=slope.n_valid, n_dropped=slope.n_dropped)
+            row = Row(at, point, "wgf.dissip_slope", told, se=error, n_valid=slope.n_valid, n_dropped=slope.n_dropped)
             found.append(row._replace(param=param))
         return found
-
-
-def _has_field(block: Block) -> bool:
-    kernel = block.attention.kernel
-    return not (len(block.attention.positions) or kernel.reads_factors or not kernel.differentiable)
-
-
-def _size(trajectory: Trajectory, k: int) -> int:
-    """Weights of one prompt."""
-    return trajectory.block(k).attention.form.heads * trajectory.steps[k].before.shape[1] ** 2
-
-
-def _space(block: Block) -> Space:
-    """Where the directions live that this block's attention reads."""
-    if isinstance(block.read_attn, Norm):
-        return "centred" if block.read_attn.centred else "sphere"
-    return "sphere" if isinstance(block.place_attn, Retraction) else "ambient"
-
-
-def _place(x: Tensor, space: Space) -> Tensor:
-    return x if space == "ambient" else paths.direction(x, space == "centred")
-
-
-def _field(block: Block, told: Effective, scale: float) -> Field:
-    """D(scale theta) of the effective operators, with all that the layer adds: F m - (1 - mass) (shift - F value) + g."""
-    attention = block.attention
-    kernel: Any = copy.deepcopy(attention.kernel).to(told.form)
-    lost = -told.shift
-    if kernel.value is not None:
-        lost = lost + (wide(attention.content.matrix()) @ kernel.value.unsqueeze(-1)).squeeze(-1)
-
-    def field(theta: Tensor) -> Tensor:
-        y = scale * theta
-        i = torch.arange(y.shape[1], device=y.device)
-        a = kernel.weights(*_factors(y, told), visible(attention.mask, i, len(i)))
-        update = torch.einsum("bhnd,hed->bne", a @ y.unsqueeze(1), told.content) + told.drift
-        return update if kernel.normalised else update + torch.einsum("bhn,hd->bnd", 1 - a.sum(-1), lost)
-
-    return field
-
-
-def _weighted(trajectory: Trajectory, k: int, field: Field, told: Effective, scale: float, beta: float) -> Field:
-    """The field times Z_i = sum_j e^{beta s_ij} of one head, up to a constant that keeps Z in range."""
-    hidden = ~trajectory.visible(k)
-
-    def exponents(theta: Tensor) -> Tensor:
-        return (beta * scores(*_factors(scale * theta, told))[:, 0]).masked_fill(hidden, -torch.inf)
-
-    read = wide(trajectory.steps[k].before)
-    top = float(exponents(_place(read, _space(trajectory.block(k)))).nan_to_num(-torch.inf).max())
-    return lambda theta: (exponents(theta) - top).exp().sum(-1, keepdim=True) * field(theta)
-
-
-def _factors(y: Tensor, told: Effective) -> tuple[Tensor, Tensor]:
-    """(u, v) with s_ij = u_i . v_j for the bare cloud: what is constant along rows is one more coordinate, 1 of every key."""
-    queries = torch.einsum("bnd,hde->bhne", y, told.form) + told.functional.unsqueeze(1)
-    rows = torch.einsum("bnd,hd->bhn", y, told.query) + told.constant.unsqueeze(-1)
-    keys = torch.cat([y, torch.ones_like(y[..., :1])], -1)
-    return torch.cat([queries, rows.unsqueeze(-1)], -1), keys.unsqueeze(1)
-
-
-def _gradients(one: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-    """grad log E_h (B, H, N, d) and log E_h (B, H)."""
-    gradients = integrability.energy_gradient(x, one.forms, one.beta, one.space)
-    return gradients, integrability.log_energy(x, one.forms, one.beta, one.space)
-
-
-def _total(one: Layer, x: Tensor) -> Tensor:
-    """log sum_h E_h (B,)."""
-    return integrability.log_energy(x, one.forms, one.beta, one.space).logsumexp(-1)
 
 
 def _ratio(change: Tensor) -> Row:
@@ -307,11 +194,3 @@ def _ratio(change: Tensor) -> Row:
     size = known.abs()
     spread = (known.clamp(max=0).abs() - ratio * size).square().sum() / (n * (n - 1)) if n > 1 else None
     return row._replace(mean=ratio, se=None if spread is None else float(spread.sqrt() / size.mean()))
-
-
-def _rounding(clouds: Tensor) -> float:
-    return ROUNDING.get(clouds.dtype, HALF_AND_FLOAT)
-
-
-def _joined(*words: str | None) -> str | None:
-    return " ".join(word for word in words if word is not None) or None

@@ -125,20 +125,20 @@
     } };
   }
 
-  function player(box, track, count) {
+  function player(box, track, count, pause = 1000) { // milliseconds between two
     const button = element("button", "▶ play", { type: "button" });
     let timer = null;
     const stop = () => { clearTimeout(timer); timer = null; button.textContent = "▶ play"; };
     const tick = () => {
       if (track.at >= count - 1) return stop();
       track.set(track.at + 1);
-      timer = setTimeout(tick, 1000);
+      timer = setTimeout(tick, pause);
     };
     button.addEventListener("click", () => {
       if (timer !== null) return stop();
       button.textContent = "❚❚ pause";
       if (track.at >= count - 1) track.set(0);
-      timer = setTimeout(tick, 400);
+      timer = setTimeout(tick, Math.min(400, pause));
     });
     track.input.addEventListener("pointerdown", stop);
     button.hidden = count < 2;
@@ -153,6 +153,22 @@
       entry.append(mark, element("bdi", text));
       return entry;
     }));
+  }
+
+  /** Buttons that switch what they name, and the legend at once: [glyph, colour, text]; `change` is called with the index and whether it is on. */
+  function switches(box, entries, change) {
+    const made = entries.map(([glyph, colour, text], k) => {
+      const button = element("button", undefined, { type: "button", "aria-pressed": "true" }), mark = element("i", glyph, { "aria-hidden": "true" });
+      mark.style.color = colour;
+      button.append(mark, element("bdi", text));
+      button.addEventListener("click", () => {
+        const on = button.getAttribute("aria-pressed") !== "true";
+        button.setAttribute("aria-pressed", on);
+        change(k, on);
+      });
+      return button;
+    });
+    box.legend.replaceChildren(...made);
   }
 
   // plotly
@@ -240,6 +256,55 @@
       xaxis: depth ? axis(narrow(plot) ? "state" : "state (a after attention, f after FFN)", { tickvals: ticks, ticktext: ticks.map(k => shown(places[k])), range: [-0.4, places.length - 0.6], showgrid: false }) : stepAxis(steps),
       yaxis: axis(shown(name)), margin: { l: 58, r: 14, t: 14, b: 90 }, legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, font: { size: 12 } },
     });
+  }
+
+  // charts
+
+  const DASHES = ["dash", "dot", "dashdot", "longdash"];
+  const titled = text => (text ? { title: { text: shown(text), font: { size: 14 }, x: 0, xref: "paper", xanchor: "left", y: 1, yref: "container", yanchor: "top", pad: { t: 8 } }, margin: { l: 54, r: 14, t: 36, b: 44 } } : {});
+  const dark = colour => `rgb(${(colour.startsWith("#") ? range(3).map(c => parseInt(colour.slice(1 + 2 * c, 3 + 2 * c), 16)) : colour.match(/\d+/g).map(Number)).map(part => Math.round(0.6 * part)).join(",")})`;
+
+  /** Where cells end: halfway to the next. */
+  function edges(x) {
+    const n = x.length, middle = range(n - 1).map(k => (x[k] + x[k + 1]) / 2);
+    return n === 1 ? [x[0] - 0.5, x[0] + 0.5] : [2 * x[0] - middle[0], ...middle, 2 * x[n - 1] - middle[n - 2]];
+  }
+
+  /** A pale ball, through which shines what is behind it. (A mesh: a surface would be worked out anew whenever a point moves.) */
+  function ball(radius, rows = 24, columns = 48) {
+    const corners = range(rows + 1).flatMap(r => range(columns).map(c => [(Math.PI * r) / rows, (2 * Math.PI * c) / columns])), at = (r, c) => r * columns + (c % columns);
+    const cells = range(rows).flatMap(r => range(columns).flatMap(c => [[at(r, c), at(r, c + 1), at(r + 1, c)], [at(r, c + 1), at(r + 1, c + 1), at(r + 1, c)]]));
+    return {
+      type: "mesh3d", x: corners.map(([a, b]) => radius * Math.sin(a) * Math.cos(b)), y: corners.map(([a, b]) => radius * Math.sin(a) * Math.sin(b)), z: corners.map(([a]) => radius * Math.cos(a)),
+      i: cells.map(one => one[0]), j: cells.map(one => one[1]), k: cells.map(one => one[2]), color: "#F4F6F8", opacity: 0.6, hoverinfo: "skip", lighting: { ambient: 1, diffuse: 0, specular: 0, fresnel: 0 },
+    };
+  }
+
+  /** Move the marks of the last trace at once, without plotly, which takes its time over thousands; whether that could be done. */
+  function glide(plot, x, y) {
+    const marks = plot.querySelectorAll(".scatterlayer > .trace:last-child .points path"), { xaxis, yaxis } = plot._fullLayout;
+    if (marks.length !== x.length || !x.every(Number.isFinite)) return false;
+    marks.forEach((mark, k) => mark.setAttribute("transform", `translate(${xaxis.c2p(x[k])},${yaxis.c2p(y[k])})`));
+    return true;
+  }
+
+  /** What is drawn around points that move: nets of the sphere and the cone z² = x² + y², or the circle. */
+  function surface(name, deep, frames) {
+    const turn = range(121).map(k => (2 * Math.PI * k) / 120), curves = [];
+    let veil = [];
+    if (name === "sphere" && deep) {
+      const up = range(61).map(k => -Math.PI / 2 + (Math.PI * k) / 60);
+      for (const height of range(5).map(k => ((k - 2) * Math.PI) / 6)) curves.push(turn.map(a => [Math.cos(height) * Math.cos(a), Math.cos(height) * Math.sin(a), Math.sin(height)]));
+      for (const round of range(12).map(k => (k * Math.PI) / 6)) curves.push(up.map(a => [Math.cos(a) * Math.cos(round), Math.cos(a) * Math.sin(round), Math.sin(a)]));
+      veil = [ball(0.985)];
+    } else if (name === "cone" && deep) {
+      const top = Math.max(1e-12, ...frames.map(frame => frame[2].reduce((most, z) => (z > most ? z : most), 0)));
+      for (const z of range(5).map(k => (top * (k + 1)) / 5)) curves.push(turn.map(a => [z * Math.cos(a), z * Math.sin(a), z]));
+      for (const a of range(24).map(k => (k * Math.PI) / 12)) curves.push([[0, 0, 0], [top * Math.cos(a), top * Math.sin(a), top]]);
+    } else if (name !== null && !deep) curves.push(turn.map(a => [Math.cos(a), Math.sin(a)]));
+    const along = axis_ => curves.flatMap(curve => [...curve.map(point => point[axis_]), null]);
+    const net = { type: deep ? "scatter3d" : "scatter", x: along(0), y: along(1), mode: "lines", line: { color: "#C9C9C9", width: deep ? 1 : 1.4 }, hoverinfo: "skip", connectgaps: false };
+    return curves.length ? [...veil, deep ? { ...net, z: along(2) } : net] : [];
   }
 
   // figures
@@ -603,6 +668,114 @@
       select(box, "key", [["", "all keys"], ...keys.map(key => [key, key])], show);
       show("");
     },
+
+    // charts of an experiment
+
+    curves(box) {
+      const d = box.data, several = d.groups.length > COLOURS.length;
+      const colour = k => (d.groups[k].theory ? INK : several ? mix(d.groups[k].shade) : COLOURS[k]);
+      const spoken = d.groups.flatMap((group, k) => (group.theory ? [k] : []));
+      const dash = k => DASHES[Math.max(0, spoken.indexOf(k)) % DASHES.length];
+      const within = d.panels.some(panel => panel.lines.some(line => line.theory && !d.groups[line.group].theory));
+      const owner = line => (line.theory && !d.groups[line.group].theory ? d.groups.length : line.group);
+      const off = new Set(), traces = d.panels.map(panel => {
+        const crowd = range(d.groups.length).map(k => panel.lines.filter(line => line.group === k && !line.theory).length);
+        return panel.lines.flatMap(line => {
+          const many = !line.theory && crowd[line.group] > 1, few = line.x.length <= 12, own = owner(line), tint = owner(line) === d.groups.length ? dark(colour(line.group)) : colour(line.group);
+          const trace = {
+            x: line.x, y: line.y, name: shown(line.name), owner: own, connectgaps: false, meta: [shown(d.x), shown(d.y)], opacity: many ? 0.6 : 1,
+            mode: (few && !line.theory) || line.y.filter(y => y !== null).length === 1 ? "lines+markers" : "lines", marker: { size: many ? 5 : 7, symbol: SYMBOLS[line.group % 8], color: tint },
+            line: { color: tint, width: many ? 1.1 : 2, dash: line.theory ? dash(line.group) : "solid" },
+            hovertemplate: "%{meta[0]} %{x:.5~g}<br>%{meta[1]} <b>%{y:.5~g}</b><extra>%{fullData.name}</extra>",
+          };
+          if (!line.low) return [trace];
+          const known = range(line.x.length).filter(k => line.x[k] !== null && line.low[k] !== null && line.high[k] !== null), back = [...known].reverse();
+          const band = { x: [...known, ...back].map(k => line.x[k]), y: [...known.map(k => line.high[k]), ...back.map(k => line.low[k])], owner: own, mode: "lines", line: { width: 0 }, fill: "toself", fillcolor: tint, opacity: 0.16, hoverinfo: "skip" };
+          return [band, trace];
+        });
+      });
+      const scale = (log, name) => {
+        if (!log) return {};
+        const known = finite(d.panels.flatMap(panel => panel.lines.flatMap(line => line[name]))), decades = known.length ? Math.log10(known.reduce((a, b) => Math.max(a, b)) / known.reduce((a, b) => Math.min(a, b))) : 1;
+        return { type: "log", exponentformat: decades > 4 ? "power" : "none", nticks: Math.min(8, Math.max(3, Math.floor(decades / 0.71))) };
+      };
+      const show = () => d.panels.forEach((panel, k) => draw(box.plot(`panel${k}`), traces[k].map(trace => ({ ...trace, visible: !off.has(trace.owner) })), {
+        ...titled(panel.title), xaxis: axis(shown(d.x), scale(d.log[0], "x")), yaxis: axis(shown(d.y), scale(d.log[1], "y")), uirevision: "zoomed",
+      }));
+      const marked = k => d.panels.some(panel => panel.lines.some(line => line.group === k && line.x.length <= 12));
+      const glyph = k => (d.groups[k].theory ? "╌╌" : several || !marked(k) ? "━━" : `━${GLYPHS[k]}━`);
+      const entries = d.groups.map((group, k) => [glyph(k), colour(k), group.name]);
+      if (within) entries.push(["╌╌", GREY, "theory, in the colour of its line"]);
+      switches(box, entries, (k, on) => { if (on) off.delete(k); else off.add(k); show(); });
+      show();
+    },
+
+    grids(box) {
+      const d = box.data, [low, high] = d.limits, even = Math.abs(low + high) <= 1e-9 * Math.abs(high);
+      d.panels.forEach((panel, k) => {
+        const plot = box.plot(`panel${k}`), cells = panel.x.length * panel.y.length;
+        const text = panel.values.map((row, r) => row.map((value, c) => `${shown(d.x)} ${number(panel.x[c], 4)}<br>${shown(d.y)} ${number(panel.y[r], 4)}<br>${shown(d.value)} <b>${number(value, 4)}</b>`));
+        const at = (own, log) => (log ? own.map(Math.log10) : own), few = own => range(own.length).filter(k => own.length <= 10 || k % Math.ceil(own.length / 8) === 0);
+        const line = (name, own, log) => axis(shown(name), { showgrid: false, ticks: "", ...(log || own.length <= 10 ? { tickvals: few(own).map(k => at(own, log)[k]), ticktext: few(own).map(k => number(own[k])) } : {}) });
+        draw(plot, [{
+          type: "heatmap", x: edges(at(panel.x, d.log[0])), y: edges(at(panel.y, d.log[1])), z: panel.values, zmin: low, zmax: high, colorscale: even ? DIVERGING : "Viridis", text, hovertemplate: "%{text}<extra></extra>", hoverongaps: true,
+          ...(cells <= 80 && !narrow(plot) ? { texttemplate: "%{z:.3~g}", textfont: { size: 11 } } : {}), colorbar: { thickness: 12, title: { text: shown(d.value), side: "right" } },
+        }], { ...titled(panel.title), xaxis: line(d.x, panel.x, d.log[0]), yaxis: line(d.y, panel.y, d.log[1]), plot_bgcolor: PALE });
+      });
+    },
+
+    ways(box) {
+      const d = box.data, deep = d.solid, T = d.times.length, axes = deep ? 3 : 2, several = d.groups.length > COLOURS.length;
+      const panels = d.panels.map(panel => {
+        const { values, shape: [, P] } = unpack(panel.points), at = (t, k, a) => values[axes * (t * P + k) + a];
+        const frames = range(T).map(t => range(axes).map(a => range(P).map(k => at(t, k, a))));
+        // one line through all ways, broken between them; of very many, none
+        const trail = P > 300 ? null : range(axes).map(a => range(P).flatMap(k => [...range(T).map(t => at(t, k, a)), null]));
+        return { ...panel, P, frames, trail };
+      });
+      const colour = k => (several ? mix(d.shades[k]) : COLOURS[k]);
+      const named = values => ({ x: values[0], y: values[1], ...(deep ? { z: values[2] } : {}) }), kind = deep ? "scatter3d" : "scatter";
+      let moment = 0, chosen = 0, trails = true;
+      const shownPanels = () => (deep ? [[chosen, "panel0"]] : panels.map((_, k) => [k, `panel${k}`]));
+
+      const whole = () => {
+        for (const [k, id] of shownPanels()) {
+          const panel = panels[k], plot = box.plot(id), tints = panel.groups.map(colour);
+          const around = surface(d.surface, deep, panel.frames);
+          const trail = panel.trail && trails ? [{ type: kind, ...named(panel.trail), mode: "lines", line: { color: "#B5B5B5", width: deep ? 2 : 1 }, opacity: deep ? 0.7 : 0.6, hoverinfo: "skip", connectgaps: false }] : [];
+          const dots = {
+            type: kind, ...named(panel.frames[moment]), mode: "markers", text: panel.names.map(shown), hovertemplate: "%{text}<extra></extra>",
+            marker: { size: deep ? 5 : panel.P > 200 ? 6 : 9, color: tints, opacity: deep ? 1 : 0.9, symbol: several || panel.P > 200 ? "circle" : panel.groups.map(one => (deep ? SOLIDS : SYMBOLS)[one % 8]), line: { width: deep ? 0 : 0.6, color: "#FFFFFF" } },
+          };
+          const ends = range(axes).map(a => d.surface === "sphere" || d.surface === "circle" ? [-1.1, 1.1] : span(panel.frames.flatMap(frame => frame[a])));
+          const flat = a => axis(shown(d.axes[a]), { range: ends[a], zeroline: true, zerolinecolor: "#E4E4E4", showgrid: d.surface === null });
+          const space = a => ({ title: { text: shown(d.axes[a]) }, showbackground: false, gridcolor: "#E4E4E4", zerolinecolor: "#BBBBBB", ...(d.surface === "sphere" ? { visible: false } : {}) });
+          panel.dots = around.length + trail.length;
+          if (deep) Plotly.purge(plot);
+          draw(plot, [...around, ...trail, dots], deep
+            ? { ...titled(panel.title), margin: { l: 0, r: 0, t: 36, b: 0 }, scene: { xaxis: space(0), yaxis: space(1), zaxis: space(2), ...(d.surface === "cone" ? { aspectmode: "manual", aspectratio: { x: 1.5, y: 1.5, z: 0.75 } } : { aspectmode: "data" }), dragmode: "orbit", camera: { eye: d.surface === "sphere" ? { x: 0.72, y: -1.1, z: 0.44 } : { x: 1.35, y: -2.35, z: 1.05 }, center: { x: 0, y: 0, z: d.surface === "sphere" ? 0 : -0.1 } } } }
+            : { ...titled(panel.title), xaxis: { ...flat(0), constrain: "domain" }, yaxis: { ...flat(1), scaleanchor: "x", constrain: "domain" }, uirevision: "zoomed" });
+        }
+      };
+      const settle = () => shownPanels().forEach(([k, id]) => {
+        const values = panels[k].frames[moment];
+        Plotly.restyle(box.plot(id), { x: [values[0]], y: [values[1]], ...(deep ? { z: [values[2]] } : {}) }, [panels[k].dots]);
+      });
+      let later = null; // plotly, whose labels and zoom have to know, is told once the points rest
+      const move = () => {
+        clearTimeout(later);
+        const moved = !deep && shownPanels().every(([k, id]) => glide(box.plot(id), ...panels[k].frames[moment]));
+        if (moved) later = setTimeout(settle, 250); else settle();
+      };
+
+      const track = slider(box, "time", d.times.map((time, k) => `${time}  (${k + 1} of ${T})`), index => { moment = index; move(); });
+      player(box, track, T, still ? 400 : Math.max(30, Math.min(250, 8000 / T)));
+      if (deep && panels.length > 1) select(box, "panel", panels.map((panel, k) => [k, panel.title]), value => { chosen = Number(value); whole(); });
+      if (panels.some(panel => panel.trail)) select(box, "ways", [["1", "shown"], ["0", "hidden"]], value => { trails = value === "1"; whole(); });
+      const glyph = k => (several ? "●" : (deep ? SOLID_GLYPHS : GLYPHS)[k]);
+      legend(box, several ? [["●", mix(0), d.groups[d.shades.indexOf(0)]], ["●", mix(0.5), "…"], ["●", mix(1), d.groups[d.shades.indexOf(1)]]] : d.groups.map((name, k) => [glyph(k), colour(k), name]));
+      whole();
+    },
   };
 
   // when
@@ -612,9 +785,9 @@
     const name = waiting.get(figure);
     if (name === undefined) return;
     waiting.delete(figure);
-    const box = { figure, controls: figure.querySelector(".controls"), legend: figure.querySelector(".legend"), plot: id => document.getElementById(`${name}-${id}`) };
+    const box = { figure, data: read(name), controls: figure.querySelector(".controls"), legend: figure.querySelector(".legend"), plot: id => document.getElementById(`${name}-${id}`) };
     try {
-      FIGURES[name](box);
+      FIGURES[figure.dataset.kind](box);
     } catch (error) {
       box.legend.textContent = "This figure cannot be drawn from the data in the file.";
       console.error(name, error);
@@ -625,10 +798,10 @@
   for (const figure of waiting.keys()) near.observe(figure);
 
   // Paper is 17 cm wide, and a browser does not wait for what measures itself: every figure gets its size on it, and its own afterwards.
-  const square = new Set(["cosines-plot", "attention-plot"]), drawn = () => document.querySelectorAll(".js-plotly-plot");
+  const square = plot => ["cosines-plot", "attention-plot"].includes(plot.id) || plot.closest("figure").dataset.kind === "ways", drawn = () => document.querySelectorAll(".js-plotly-plot");
   addEventListener("beforeprint", () => {
     for (const figure of [...waiting.keys()]) render(figure);
-    for (const plot of drawn()) Plotly.relayout(plot, { autosize: false, width: square.has(plot.id) ? 450 : 640, height: square.has(plot.id) ? 450 : 355 });
+    for (const plot of drawn()) Plotly.relayout(plot, { autosize: false, width: square(plot) ? 450 : 640, height: square(plot) ? 450 : 355 });
   });
   addEventListener("afterprint", () => {
     for (const plot of drawn()) Plotly.relayout(plot, { autosize: true, width: null, height: null });

@@ -68,7 +68,8 @@ def _section(section: Section, ids: Mapping[str, str]) -> str:
         links = [f'<a href="#{ids[key]}"><code>{escaped(key)}</code></a>' for key in section.keys if key in ids]
         means = f'<p class="keys">Defined below: {", ".join(links)}</p>' if links else ""
         figure = (
-            f'<figure data-figure="{section.name}"><div class="controls"></div><div class="legend"></div>'
+            f'<figure data-figure="{section.name}" data-kind="{section.kind or section.name}">'
+            '<div class="controls"></div><div class="legend"></div>'
             f'<div class="plots">{plots}</div><figcaption>{section.caption}{means}</figcaption></figure>'
         )
     return f'<section id="{section.name}"><h2>{escaped(section.title)}</h2>{section.before}{figure}</section>'

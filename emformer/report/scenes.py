@@ -15,7 +15,7 @@ from emformer.report.text import escaped
 
 # What the arrays of a section may come to, so that the page stays below 6 MB beside plotly's 4.8.
 MATRICES = 90_000  # cells of all matrices of cosines: a byte each
-PATTERNS = 66_000  # cells of all patterns: four bytes each
+PATTERNS = 60_000  # cells of all patterns: four bytes each
 FEWEST = 24  # tokens of a pattern, before steps of attention are left out
 CLOUDS = 80_000  # coordinates of all states: two bytes each
 EIGENVALUES = 3_000

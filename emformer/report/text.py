@@ -6,10 +6,12 @@ import html
 import json
 import math
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+MOST = 2_000  # characters of a fact
 PICTURES = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 UNSEEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}  # control, format (marks of direction), surrogates, unassigned, separators
 
@@ -31,6 +33,11 @@ def isolated(text: object) -> str:
     return f"<bdi>{escaped(text)}</bdi>"
 
 
+def fact_list(facts: Iterable[tuple[str, str]]) -> str:
+    """Names and values as HTML; of a long value the beginning."""
+    return f"<dl class=facts>{''.join(_fact(name, value) for name, value in facts)}</dl>"
+
+
 def script_data(value: Any) -> str:
     """JSON that may stand inside a script element: no character of it can end the element or begin another, none is beyond
     ASCII. Every string is `visible`, every number finite; nan and infinity become null, floats are rounded to five digits."""
@@ -38,6 +45,12 @@ def script_data(value: Any) -> str:
     for character in "<>&":
         told = told.replace(character, f"\\u{ord(character):04x}")
     return told
+
+
+def _fact(name: str, value: str) -> str:
+    value = value if len(value) <= MOST else f"{value[: MOST - 1]}…"
+    wide = " class=long" if len(value) > 80 else ""
+    return f"<div{wide}><dt>{escaped(name)}</dt><dd>{isolated(value)}</dd></div>"
 
 
 def _seen(character: str) -> str:

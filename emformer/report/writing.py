@@ -17,11 +17,10 @@ from emformer.report.glossary import anchors, glossary
 from emformer.report.page import page, require_plotly
 from emformer.report.section import Section
 from emformer.report.sources import Source, gather
-from emformer.report.text import escaped, isolated
+from emformer.report.text import fact_list
 
 SCENES_FIRST = ("cloud", "paths")
 LONGEST = 2_000  # points of a curve of the loss
-MOST = 2_000  # characters of a fact
 
 
 def write(source: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
@@ -110,13 +109,7 @@ def _facts(source: Source) -> str:
         told.append(("recorded", f"{len(source.records):,} rows of {source.records['key'].nunique()} keys{span}"))
     if source.scene is not None:
         told.append(("drawn", _drawn(source.scene)))
-    return f"<dl class=facts>{''.join(_fact(name, value) for name, value in told)}</dl>"
-
-
-def _fact(name: str, value: str) -> str:
-    value = value if len(value) <= MOST else f"{value[: MOST - 1]}…"
-    wide = " class=long" if len(value) > 80 else ""
-    return f"<div{wide}><dt>{escaped(name)}</dt><dd>{isolated(value)}</dd></div>"
+    return fact_list(told)
 
 
 def _drawn(scene: Scene) -> str:

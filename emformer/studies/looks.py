@@ -34,6 +34,9 @@ WHO_SEES: Mapping[str, int | None] = {
     "Energy": SOME,  # 8, H N^2 numbers some twenty times in float64
     "Foliation": SOME,  # 9, gradients at seven offsets
     "Lens": SOME,  # 12, and grows with the vocabulary
+    "Gaussian": SOME,  # 10, the scores again and two mixtures of them
+    "GradientControls": 4,  # seconds, as GradientFlow
+    "Landscape": SOME,  # 4, energies of every step twice
     "Spectrum": 1024,  # 19, of 128 tokens 78: four N x N decompositions a head
     "GradientFlow": 8,  # seconds: Jacobians
 }
@@ -60,7 +63,7 @@ def looks(model: Emformer, observables: str | parts.Observable | Look | Iterable
         elif isinstance(one, parts.Observable):
             found.append(Look((one,), WHO_SEES.get(type(one).__name__, SOME)))
         else:
-            for part in _named(one):
+            for part in named(one):
                 found += _looks(model, part)
     kept: list[Look] = []
     for look in found:
@@ -71,7 +74,8 @@ def looks(model: Emformer, observables: str | parts.Observable | Look | Iterable
     return kept
 
 
-def _named(text: str) -> list[parts.Observable]:
+def named(text: str) -> list[parts.Observable]:
+    """Observables by words: "all", or families with commas between. Raises `UserError` for one that does not exist."""
     if text == "all":
         return defaults()
     return [part for name in text.split(",") if name.strip() for part in family(name.strip())]

@@ -20,6 +20,7 @@ FORMAT = 1
 NAME = "analysis.json"
 WRITTEN = ("records.jsonl", "records.parquet", "scene.safetensors", "report.html", "tokenizer.json", "environment.json", NAME)
 UNFINISHED = "unfinished"  # the folder of what is not kept when all is done
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
 TELL_EVERY = 30.0  # seconds between two lines where there is no terminal
 
 
@@ -130,5 +131,32 @@ def telling(what: str, total: int | None, start: int = 0) -> Generator[Callable[
         of = f" of {total:,}" if total is not None else ""
         left = f", {tqdm.format_interval((total - count) / rate)} left" if total is not None and rate else ""
         print(f"{what}: {count:,}{of} tokens, {rate:,.0f} a second{left}", file=sys.stderr, flush=True)
+
+    yield tell
+
+
+@contextmanager
+def sharing(what: str) -> Generator[Callable[[float, str], None]]:
+    """A function that is told the share done, in [0, 1], and a word on what is being done: a bar on a terminal, else a line on
+    stderr now and then."""
+    if sys.stderr.isatty():
+        with tqdm(desc=what, total=1.0, bar_format=BAR, leave=False) as bar:
+
+            def show(share: float, word: str) -> None:
+                bar.set_postfix_str(word, refresh=False)
+                bar.update(share - bar.n)
+
+            yield show
+        return
+    begun = last = time.monotonic()
+
+    def tell(share: float, word: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last < TELL_EVERY:
+            return
+        last = now
+        left = f", {tqdm.format_interval((now - begun) * (1 - share) / share)} left" if share > 0 else ""
+        print(f"{what}: {word}, {share:.0%}{left}", file=sys.stderr, flush=True)
 
     yield tell

@@ -199,14 +199,29 @@ def shuffle(
     copy, chosen, marked = copied(model, f"shuffle the singular vectors of {' and '.join(which)}, seed {seed}", layers, heads)
     roles: list[parts.Role] = [role for role in ("form", "content") if role in which]
     for layer in chosen:
-        attention = copy.layer(layer).attention
-        attention = rebuilt(attention, content=free(attention.content))
-        for role in roles:
-            source = generator("shuffle", role, seed, layer)
-            first, second = (_haar(attention.form.heads, attention.form.dim, source) for _ in range(2))
-            attention = multiplied(attention, role, first, second, marked)
-        copy.layer(layer).attention = attention
+        copy.layer(layer).attention = shuffled(copy.layer(layer).attention, seed, layer, roles, marked)
     return copy
+
+
+@torch.no_grad()
+def shuffled(
+    attention: Attention,
+    seed: int,
+    layer: int,
+    roles: Sequence[parts.Role] = ("form", "content"),
+    marked: Tensor | None = None,
+) -> Attention:
+    """What `shuffle` makes of one layer's attention, for the heads in `marked` (H,), all where it is None. Give it a copy: what
+    stays as it is, is the old one's own, and a functional that turns is turned in place."""
+    heads, dim = attention.form.heads, attention.form.dim
+    if marked is None:
+        marked = torch.ones(heads, dtype=torch.bool)
+    attention = rebuilt(attention, content=free(attention.content))
+    for role in roles:
+        source = generator("shuffle", role, seed, layer)
+        first, second = (_haar(heads, dim, source) for _ in range(2))
+        attention = multiplied(attention, role, first, second, marked)
+    return attention
 
 
 def _haar(count: int, dim: int, source: torch.Generator) -> Tensor:

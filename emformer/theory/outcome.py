@@ -58,7 +58,8 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """Values on a grid: a frame of columns panel, x, y, value. `limits` of the colours, or None for those of the values."""
+    """Values on a grid: a frame of columns panel, x, y, value. `limits` of the colours, or None for those of the values. A cell
+    without a row, or with nan, is undefined, which is drawn grey and counted."""
 
     frame: pd.DataFrame
     caption: str
@@ -67,6 +68,7 @@ class Heat:
     value: str
     limits: tuple[float, float] | None = None
     log_y: bool = False
+    log_x: bool = False
 
 
 @dataclass(frozen=True, eq=False)

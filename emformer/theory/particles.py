@@ -24,15 +24,16 @@ from emformer.masks import Full
 from emformer.model import Emformer
 from emformer.norms import RMSNorm
 from emformer.operators import Dense, Identity
-from emformer.placements import PreNorm, Sphere
+from emformer.placements import PostNorm, PreNorm, Retraction, Sphere
 from emformer.positions import PositionMap
 from emformer.trajectory import Trajectory
 from emformer.types import Cloud, Index, KeyIndex, Keys, Queries
 
-Space = Literal["sphere", "flat", "preln"]
+Space = Literal["sphere", "flat", "preln", "postln"]
 Method = Literal["rk4", "euler"]
-Tell = Callable[[float], None]
-Matrix = float | Tensor
+Tell = Callable[[float], Any]
+Real = int | float
+Matrix = Real | Tensor
 
 STEP = 0.05  # of time; on the sphere with softmax RK4 errs by 1e-8 and less
 # weights of the stages of one step, and where in it each is taken
@@ -51,6 +52,7 @@ def idealised(
     heads: int = 1,
     space: Space = "sphere",
     dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> Emformer:
     """A model of one block without FFN, biases, positions or vocabulary, in the units of the theory.
 
@@ -58,18 +60,21 @@ def idealised(
 
     * "sphere": theta' = P_theta A(theta), the continuous Post-LN (SA with softmax, USA with `Unnormalised(clip=None)`);
     * "preln": x' = A(x/|x|), so that with x = r theta, theta' = P A/r and r' = <theta, A>;
-    * "flat": x' = A(x) in R^d, without a norm.
+    * "flat": x' = A(x) in R^d, without a norm;
+    * "postln": theta <- (theta + step A)/|theta + step A|, a map and no flow: the Post-LN block itself, for Euler steps of any
+      size. Small ones are those of "sphere", whose long steps, along the tangent, are others.
 
     Clouds on the sphere have radius sqrt(d), as everywhere in emformer: x = sqrt(d) theta. The scale is inside the operators,
-    which are M/d on the sphere and M/d, F/sqrt(d) under a norm, so that scores, times and directions are those of the theory.
+    which are M/d on the sphere and M/d, F/sqrt(d) for "preln", so that scores, times and directions are those of the theory.
 
     Args:
         dim: d.
         form, content: M and F: a number c for c I in every head; matrices (d, d) or (H, d, d), score = q^T M t; or a setting,
-            which builds them in the model's own units (the global generator draws).
+            which builds them in the model's own units.
         kernel: default Softmax(); its `beta` is that of the theory.
         mask: default Full().
         heads: H; of matrices (H, d, d) it is H.
+        seed: of what a setting draws; the global generator is left as it was.
 
     Raises:
         UserError: for parts that do not go together. ValueError: for a matrix of another shape.
@@ -87,33 +92,53 @@ def idealised(
     settings: dict[str, Any] = {
         name: matrix if isinstance(matrix, parts.Operator) else _part(matrix, scale) for name, (matrix, scale) in given.items()
     }
-    model = Emformer(
-        1,
-        dim=dim,
-        depth=1,
-        heads=heads,
-        context=1,
-        shared=True,
-        **settings,
-        kernel=kernel or Softmax(),
-        mask=mask or Full(),
-        placement=Sphere() if space == "sphere" else PreNorm(),
-        norm=RMSNorm(gain=False, eps=0.0) if space == "preln" else None,
-    )
+    placement = {"sphere": Sphere(), "postln": PostNorm()}.get(space, PreNorm())
+    with torch.random.fork_rng(devices=[]):  # parts draw from the global generator, which nobody shall notice
+        torch.manual_seed(seed)
+        model = Emformer(
+            1,
+            dim=dim,
+            depth=1,
+            heads=heads,
+            context=1,
+            shared=True,
+            **settings,
+            kernel=kernel or Softmax(),
+            mask=mask or Full(),
+            placement=placement,
+            norm=RMSNorm(gain=False, eps=0.0) if space in ("preln", "postln") else None,
+        )
+    if space == "postln":
+        model.enter = Retraction()  # clouds enter by their directions, as on the sphere
     model = model.to(dtype).requires_grad_(False).eval()
     attention = model.layer(0).attention
     for name, (matrix, scale) in given.items():
+        operator: Any = attention.get_submodule(name)
         if isinstance(matrix, Tensor):
-            operator: Any = attention.get_submodule(name)
             operator.assign(scale * matrix.expand(heads, dim, dim).mT.to(dtype))
+        elif not isinstance(matrix, parts.Operator):
+            operator.scale.fill_(scale * matrix)  # modules are made in float32: 1/d would keep its error of 1e-8
     return model
 
 
-def autonomous(model: Emformer, layer: int) -> Emformer:
-    """One layer of a model as a model of its own that acts for ever; a copy, in eval mode, without gradients."""
+def autonomous(model: Emformer, layer: int, *, ffn: bool = True) -> Emformer:
+    """One layer of a model as a model of its own that acts for ever; a copy, in eval mode, without gradients.
+
+    Args:
+        ffn: whether its FFN stays. One that comes after attention has to go for `simulate`: what is left is attention alone.
+
+    Raises:
+        ValueError: for a parallel block that is to lose its FFN.
+    """
     found = copy.deepcopy(model).requires_grad_(False).eval()
     found.blocks = nn.ModuleList([found.layer(layer)])
     found.settings = replace(found.settings.layer(layer), shared=True, depth=1)
+    found.enter = found.settings.placement.enter(found.settings.dim)
+    if not ffn:
+        if found.settings.arrangement is not None:
+            raise ValueError("a parallel block acts as one; its FFN cannot be left out of it")
+        found.layer(0).ffn = None
+        found.settings = replace(found.settings, ffn=None)
     return found
 
 
@@ -121,9 +146,9 @@ def autonomous(model: Emformer, layer: int) -> Emformer:
 def simulate(
     model: Emformer,
     x: Cloud,
-    times: Sequence[float],
+    times: Sequence[Real],
     *,
-    step: float = STEP,
+    step: Real = STEP,
     method: Method = "rk4",
     tell: Tell | None = None,
 ) -> Trajectory:
@@ -145,14 +170,15 @@ def simulate(
 
     Raises:
         ValueError: for times that do not ascend from 0, a step that is not positive, a model of several blocks or whose FFN comes
-            after attention. ArithmeticError: for a cloud that stops being finite, with the time.
+            after attention, and "rk4" where a norm follows the sum. ArithmeticError: for a cloud that stops being finite, with
+            the time.
 
     Cost: a step is 4 (1) calls of the block, each that of a forward pass of one layer; memory that of one call, linear in N for
     fused kernels (softmax, L2), and 4 clouds a time that is kept. Source: math E.1, E.2.
     """
-    block = _block(model)
+    block = _block(model, method)
     start = x if model.enter is None else model.enter(x)
-    clouds = list(_integrate(block, start, _schedule(times, step), 1.0, method, tell))
+    clouds = list(_integrate(block, start, schedule(times, step), 1.0, method, tell))
     return _trajectory(model, start, times, clouds)
 
 
@@ -160,14 +186,14 @@ def simulate(
 def sweep(
     model: Emformer,
     x: Cloud,
-    betas: Sequence[float],
-    times: Sequence[float],
+    betas: Sequence[Real],
+    times: Sequence[Real],
     *,
-    paces: Sequence[float] | None = None,
-    step: float = STEP,
+    paces: Sequence[Real] | None = None,
+    step: Real = STEP,
     method: Method = "rk4",
     tell: Tell | None = None,
-) -> dict[float, Trajectory]:
+) -> dict[Real, Trajectory]:
     """`simulate` of the same clouds at several inverse temperatures, all in one tensor of (betas x B, N, d).
 
     Args:
@@ -175,22 +201,24 @@ def sweep(
             so on its times: epsilon and time are those of the theory, pace x times. Default 1.
 
     Raises:
-        ValueError: as `simulate`; and for a kernel without beta.
+        ValueError: as `simulate`; and for a kernel without beta, or with parameters of its own.
     """
     kernel: Any = model.layer(0).attention.kernel
     if not hasattr(kernel, "beta"):
         raise ValueError(f"a sweep over beta needs a kernel that has one; {type(kernel).__name__} has none")
+    if next(kernel.parameters(), None) is not None:
+        raise ValueError(f"a sweep scales scores, and not what {type(kernel).__name__} has learned: simulate one beta at a time")
     paces = [1.0] * len(betas) if paces is None else list(paces)
     models = [_at(model, beta) for beta in betas]
     together = copy.deepcopy(model)
-    block = _block(together)
+    block = _block(together, method)
     prompts = len(x)
     relative = x.new_tensor([beta / kernel.beta for beta in betas]).repeat_interleave(prompts)
     block.attention.positions.append(_Temperatures(relative))
     start = x if model.enter is None else model.enter(x)
     whole = start.repeat(len(betas), 1, 1)
     pace = x.new_tensor(paces).repeat_interleave(prompts).view(-1, 1, 1)
-    clouds = list(_integrate(block, whole, _schedule(times, step), pace, method, tell))
+    clouds = list(_integrate(block, whole, schedule(times, step), pace, method, tell))
     found = {}
     for k, (beta, one, own) in enumerate(zip(betas, models, paces, strict=True)):
         mine = slice(k * prompts, (k + 1) * prompts)
@@ -235,20 +263,22 @@ class _Temperatures(PositionMap):
         return self.root * u, self.root * v
 
 
-def _part(matrix: Matrix, scale: float) -> parts.Operator:
+def _part(matrix: Matrix, scale: Real) -> parts.Operator:
     return Dense() if isinstance(matrix, Tensor) else Identity(scale=scale * matrix, learned=False)
 
 
-def _block(model: Emformer) -> Block:
+def _block(model: Emformer, method: Method) -> Block:
     block = model.layer(0)
     if len(model.blocks) > 1:
         raise ValueError("the flow of a model of several blocks is not autonomous; take one of them: autonomous(model, layer)")
     if block.ffn is not None and model.settings.arrangement is None:
-        raise ValueError("an FFN after attention is no flow in one time; take the arrangement Parallel, or none")
+        raise ValueError("an FFN after attention is no flow in one time; leave it out: autonomous(model, layer, ffn=False)")
+    if method != "euler" and block.place_attn is not None and block.shape_attn is None:
+        raise ValueError("a norm after the sum (PostNorm) makes a map, whose stages lie on no flow: take the method 'euler'")
     return block
 
 
-def _at(model: Emformer, beta: float) -> Emformer:
+def _at(model: Emformer, beta: Real) -> Emformer:
     """The model at another inverse temperature."""
     found = copy.deepcopy(model)
     kernel: Any = found.layer(0).attention.kernel
@@ -257,7 +287,7 @@ def _at(model: Emformer, beta: float) -> Emformer:
     return found
 
 
-def _schedule(times: Sequence[float], step: float) -> list[tuple[float, int]]:
+def schedule(times: Sequence[Real], step: Real) -> list[tuple[float, int]]:
     """Length and number of the steps between each two times."""
     if len(times) < 2 or times[0] != 0 or any(not 0 < b - a < math.inf for a, b in pairwise(times)):
         raise ValueError("times ascend from 0 and are at least two")
@@ -301,9 +331,9 @@ def _of_heads(pace: Any) -> Any:
     return pace.unsqueeze(1) if isinstance(pace, Tensor) else pace
 
 
-def _trajectory(model: Emformer, start: Tensor, times: Sequence[float], moved: Sequence[_Moved]) -> Trajectory:
+def _trajectory(model: Emformer, start: Tensor, times: Sequence[Real], moved: Sequence[_Moved]) -> Trajectory:
     block = model.layer(0)
-    gaps = [b - a for a, b in pairwise(times)]
+    gaps = [float(b - a) for a, b in pairwise(times)]
     point = "attn" if model.settings.arrangement is None else "block"
     steps, before = [], start
     for k, (gap, (after, mixture)) in enumerate(zip(gaps, moved, strict=True)):

@@ -32,6 +32,7 @@ from emformer.training import AdamW, Muon
 from tests.bench import capture as of_capture
 from tests.bench import recording as of_recording
 from tests.bench import report as of_report
+from tests.bench import theory as of_theory
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOCAB = 66
@@ -209,7 +210,8 @@ def _of_recording(bench: Callable[..., dict]) -> Callable[[int], dict]:
     return measured
 
 
-BENCHES |= {bench.__name__: _of_recording(bench) for bench in (*of_recording.BENCHES, *of_report.BENCHES, *of_capture.BENCHES)}
+_OTHERS = (*of_recording.BENCHES, *of_report.BENCHES, *of_capture.BENCHES, *of_theory.BENCHES)
+BENCHES |= {bench.__name__: _of_recording(bench) for bench in _OTHERS}
 
 
 def main() -> None:

@@ -12,12 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from emformer import parts
-from emformer.kernels import Kernel, Softmax
+from emformer.kernels import L2, Kernel, Linear, Sinkhorn, Softmax
 from emformer.masks import Causal, Full, Visible, visible
 
 H, S, D = 4, 7, 8
 EVERY = pytest.mark.parametrize("setting", examples(parts.Kernel))
 MASKS = pytest.mark.parametrize("mask", examples(parts.Mask))
+GAUSSIAN = (Softmax, L2, Linear, Sinkhorn)  # those known to keep a Gaussian cloud Gaussian
 QUERIES = [S, 3, 1]  # all, or the last ones of the keys
 SHAPES = {  # (G of keys, G of contents, r_M, r_F)
     "multi-head": (4, 4, 6, 6),
@@ -225,6 +226,58 @@ def test_softmax_by_hand():
         power = (2.5 * v[0, h // 2, : i + 1] @ u[0, h, i]).exp()
         assert (a[0, h, i, : i + 1] - power / power.sum()).abs().max() < 1e-12
         assert (z[0, h, i] - power / power.sum() @ c[0, h, : i + 1]).abs().max() < 1e-12
+
+
+@EVERY
+@torch.no_grad()
+def test_its_mean_field_is_what_many_tokens_give(setting):
+    """None, or the context mean of a large Gaussian cloud to its own Monte-Carlo error, for every head and query."""
+    kernel, rank = build(setting, Full()), 3
+    root, mean = normal(D, D) / D**0.5, normal(D) / 2
+    # modest scores: weights that few tokens share say nothing of many
+    left, right, cov = normal(H, rank, D) / (2 * D), normal(H, rank, D) / 2, root @ root.mT
+    known = kernel.mean_field(left, right, mean, cov)
+    assert known is not None or not isinstance(setting, GAUSSIAN)
+    if known is None:
+        return
+    # about as many keys in all: a kernel that balances rows against columns takes its queries from the cloud, and N x N weights
+    clouds, tokens, queries = (1, 20_000, 8) if kernel.rowwise else (10, 200, 200)
+    errors, size = [], []
+    for y in mean + normal(clouds, tokens, D) @ root.mT:
+        x = mean + 2 * normal(queries, D) @ root.mT if kernel.rowwise else y
+        a = kernel.weights((x @ left.mT)[None], (y @ right.mT)[None], Visible(None))[0][:, :8]
+        found, x = a @ y, x[:8]
+        apart = y - found.unsqueeze(2) if kernel.normalised else y
+        error = (a.unsqueeze(-1) * apart).square().sum(2)
+        if not kernel.normalised:
+            error = error - found.square() / tokens
+        moved = x @ known.gain.mT
+        errors.append((found - known.offset.unsqueeze(1) - moved) / error.sqrt())
+        size.append(moved / error.sqrt())
+    z, power = torch.stack(errors), torch.stack(size)
+    assert (clouds**0.5 * z.mean(0)).abs().max() < 4.5
+    assert power.abs().max() > 15 / clouds**0.5  # the gain is no noise here
+
+
+@EVERY
+@torch.no_grad()
+def test_its_mean_field_takes_many_laws_at_once(setting):
+    heads, dim, rank = 2, 4, 3
+    kernel = stir(setting.build(heads, dim)).double()
+    left, right, mean, root = normal(heads, rank, dim), normal(heads, rank, dim), normal(2, 3, dim), normal(2, 3, dim, 2)
+    cov = root @ root.mT  # of rank 2
+    whole = kernel.mean_field(left, right, mean, cov)
+    if whole is None:
+        return
+    assert whole.offset.shape == (2, 3, heads, dim) and whole.gain.shape == (2, 3, heads, dim, dim)
+    for k, j in itertools.product(range(2), range(3)):
+        alone = kernel.mean_field(left, right, mean[k, j], cov[k, j])
+        assert (whole.offset[k, j] - alone.offset).abs().max() < 1e-12
+        assert (whole.gain[k, j] - alone.gain).abs().max() < 1e-12
+    # where the cloud has no width its mean has none either
+    off = torch.linalg.eigh(cov).eigenvectors[..., :2].mT.unsqueeze(-3)
+    if kernel.normalised:
+        assert (off @ whole.gain).abs().max() < 1e-6
 
 
 class Calls(TorchDispatchMode):

@@ -60,13 +60,17 @@ def test_every_kind_has_variants():
         "operators",
         "signal",
         "lens",
+        "gaussian",
+        "wgf",
     }
 
 
 @pytest.mark.parametrize("setting", OBSERVABLES)
 def test_what_it_says_of_itself(setting):
     assert dataclasses.is_dataclass(setting) and hash(setting) == hash(dataclasses.replace(setting))
-    assert setting.family.isidentifier() and setting.keys and setting.needs <= {"model", "reads", "labels", "tokens"}
+    assert (
+        setting.family.isidentifier() and setting.keys and setting.needs <= {"model", "vocabulary", "reads", "labels", "tokens"}
+    )
     for key, definition in setting.keys.items():
         assert key.count(".") == 1 and ";" in definition, f"{key}: definition; unit or range; null"
     assert setting.begin().rows() == [], "nothing seen, nothing told"

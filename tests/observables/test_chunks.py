@@ -25,6 +25,8 @@ from emformer.observables import Look, Pass, Row
 from emformer.observables.energy import Energy, forces, queries
 from emformer.observables.flow import Flow
 from emformer.observables.foliation import Foliation
+from emformer.observables.gaussian import Gaussian
+from emformer.observables.landscape import Landscape
 from emformer.observables.signal import Signal
 from emformer.observables.sinks import Sinks
 from emformer.observables.spectrum import Spectrum
@@ -36,8 +38,8 @@ from emformer.settings import Drift, Functional
 from emformer.trajectory import Trajectory, capture
 
 T, HEADS = 13, 2
-ROWWISE = [Energy(), Sinks(), Foliation(), Signal()]
-EVERY = [*ROWWISE, Spectrum(), GradientFlow(probes=2)]
+ROWWISE = [Energy(), Sinks(), Foliation(), Signal(), Gaussian()]
+EVERY = [*ROWWISE, Spectrum(), GradientFlow(probes=2), Landscape()]
 
 
 def rows(observables: list[parts.Observable], trajectory: Trajectory) -> list[Row]:

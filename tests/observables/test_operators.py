@@ -123,10 +123,12 @@ def test_a_model_made_to_gather_or_to_spread_says_so():
 # Directions -----------------------------------------------------------------------------------------------------------
 
 
-def spread(net: Emformer, observable: Directions | None = None, batch: int = 3, tokens: int = 300) -> list[Row]:
+def spread(
+    net: Emformer, observable: Directions | None = None, batch: int = 3, tokens: int = 300, key: str = "directions_rank"
+) -> list[Row]:
     observation = (observable or Directions()).begin()
     observation.update(capture(net, words(tokens, batch=batch, vocab=net.vocab)))
-    return observation.rows()
+    return [row for row in observation.rows() if row.key == f"op.{key}"]
 
 
 def round_net(**changes) -> Emformer:
@@ -176,6 +178,26 @@ def test_directions_in_rows():
     assert alone.mean is None and alone.n_dropped == 3
     with pytest.raises(UserError, match="at least 3"):
         Directions(directions=2)
+
+
+def test_signs_of_the_directions():
+    """Variance falls along what gathers and grows along what spreads, where half of all directions do either. F = -M on a round
+    cloud gathers everywhere, F = M nowhere."""
+    shares: dict[str, list[float]] = {"gathers": [], "spreads": [], "null": []}
+    for seed in range(3):
+        torch.manual_seed(seed)
+        told = {row.param: row for row in spread(round_net(epsilon=0.05), key="directions_sign")}
+        for param, row in told.items():
+            shares[param].append(row.mean)
+            shares["null"].append(row.null)
+    mean = {name: sum(values) / len(values) for name, values in shares.items()}
+    assert mean["gathers"] > 0.8 and mean["spreads"] > 0.8 and 0.3 < mean["null"] < 0.7
+    for scale, falls in ((-1.0, 1.0), (1.0, 0.0)):
+        net = round_net(form=PSD(rank=16, score_std=0.3), content=Tied(scale=scale, learned=False), epsilon=0.05)
+        told = {row.param: row for row in spread(net, key="directions_sign")}
+        assert told["gathers"].null == pytest.approx(falls, abs=0.1) and told["spreads"].null == pytest.approx(1 - falls, abs=0.1)
+        right, none = told["gathers" if falls else "spreads"], told["spreads" if falls else "gathers"]
+        assert right.mean > 0.9 and none.mean is None and none.n_dropped == 3
 
 
 def test_rank_correlation_is_scipy_s():

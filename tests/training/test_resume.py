@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 12), (2, 6)])
+@pytest.mark.parametrize(("workers", "kills"), [(0, 8), (2, 4)])
 def test_kills_change_nothing(tmp_path: Path, workers: int, kills: int):
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(

@@ -1,0 +1,161 @@
+"""Between text and experiments: command line and YAML to a `parts.Experiment`, and back.
+
+A recipe is a YAML file that names an experiment and says what differs from its defaults:
+
+    experiment: sphere
+    betas: [1.0, 4.0]
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+
+from emformer import configuration, parts
+from emformer.configuration import check_nulls, explain, load_parts, read_yaml
+from emformer.parts import UserError
+
+KEY = "experiment"  # of the file, beside the fields
+HOME = "simulations"
+_HOMES = ("operators", "kernels", "masks", "theory.experiments")  # of experiments, and of parts that they may take
+
+
+def titles() -> dict[str, str]:
+    """{name: title} of every experiment of emformer, by name. Read off the sources, because importing them takes in torch."""
+    found = {}
+    for path in Path(__file__).parent.joinpath(*_HOMES[-1].split(".")).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                told = dict(_constants(node))
+                if {"name", "title"} <= told.keys():
+                    found[told["name"]] = told["title"]
+    return dict(sorted(found.items()))
+
+
+def _constants(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for line in node.body:
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and isinstance(line.value, ast.Constant):
+            yield line.target.id, str(line.value.value)
+
+
+def experiments() -> dict[str, type[parts.Experiment]]:
+    """Every experiment that is loaded, by name: those of emformer, and those of modules that the caller has imported."""
+    load_parts(_HOMES)
+    found: dict[str, type[parts.Experiment]] = {}
+    open_: list[type[parts.Experiment]] = [parts.Experiment]
+    while open_:
+        one = open_.pop()
+        open_ += one.__subclasses__()
+        if not inspect.isabstract(one):
+            found[one.name] = one
+    return dict(sorted(found.items()))
+
+
+def read_recipe(*files: str | Path) -> parts.Experiment:
+    """The experiment in a YAML file; further files lie on top of it. Raises `UserError` as `choose` does."""
+    return choose([word for file in files for word in ("-c", str(file))])
+
+
+def choose(words: Sequence[str], prog: str = "emformer simulate", also: Collection[str] = ()) -> parts.Experiment:
+    """The experiment that a command line asks for: a name or a file first, then `-c FILE` and `--field value`, the last of which
+    win. `--help` and `--print_config` print and end the process.
+
+    Args:
+        also: options that the command takes by itself, so that a misspelt one finds its neighbour.
+
+    Raises:
+        UserError: for whatever is wrong, with the nearest name that exists.
+    """
+    words = list(words)
+    name = None
+    if words and not words[0].startswith("-"):
+        if is_file(words[0]):
+            words = ["-c", *words]
+        else:
+            name, *words = words
+    known = experiments()
+    for file in files(words):
+        name = _same(name, file, known)
+    if name is None:
+        raise UserError(f"no experiment is named; choose one of {', '.join(known)}, as {prog} sphere.")
+    cls = _find(name, known)
+    parser = _parser(cls, prog, also)
+    try:
+        given = dict(vars(parser.instantiate(parser.parse_args(words))))
+        found = cls(**{field.name: given[field.name] for field in fields(cls)})
+        check_nulls(found, name)
+        if given[KEY] != name:
+            raise UserError(f"--{KEY} is '{given[KEY]}', and '{name}' was named; give one or the other.")
+    except (ArgumentError, TypeError, ValueError, KeyError) as error:
+        raise UserError(explain(error, parser)) from error
+    return found
+
+
+def is_file(word: str) -> bool:
+    """Whether the word means a file and not an experiment."""
+    return not word.startswith("-") and (word.endswith((".yaml", ".yml")) or "/" in word)
+
+
+def files(words: Sequence[str]) -> list[str]:
+    """The files that a command line names: its first word, where that is one, and what follows -c or --config."""
+    return [*(word for word in words[:1] if is_file(word)), *configuration.files(words)]
+
+
+def folder(words: Sequence[str], experiment: parts.Experiment) -> Path:
+    """Where the simulation that these words ask for is written, if they do not say: by the last file, else by the experiment."""
+    named = [Path(file).resolve() for file in files(words)]
+    name = experiment.name if not named else named[-1].parent.name if named[-1].stem == "config" else named[-1].stem
+    return Path(HOME) / name
+
+
+def plain(experiment: parts.Experiment) -> dict[str, Any]:
+    """The recipe of an experiment as plain data, every field in it."""
+    return {KEY: experiment.name} | {field.name: parts.plain(getattr(experiment, field.name)) for field in fields(experiment)}
+
+
+def written(experiment: parts.Experiment) -> str:
+    """The same as the text of a file."""
+    return yaml.safe_dump(plain(experiment), sort_keys=False, allow_unicode=True)
+
+
+def _parser(cls: type[parts.Experiment], prog: str, also: Collection[str]) -> ArgumentParser:
+    parser = ArgumentParser(
+        prog=f"{prog} {cls.name}",
+        description=(inspect.getdoc(cls) or cls.title).partition("\nArgs:")[0],
+        epilog=f"{', '.join(sorted(also))}: see {prog} --help" if also else None,
+        exit_on_error=False,
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of fields; may be given several times")
+    parser.add_argument(f"--{KEY}", type=str, default=cls.name, help="which it is: the word above, or this key of a file")
+    parser.add_class_arguments(cls, nested_key=None, as_group=False)
+    vars(parser)["also"] = {word.lstrip("-") for word in also}
+    return parser
+
+
+def _same(name: str | None, file: str, known: dict[str, type[parts.Experiment]]) -> str | None:
+    """The experiment that the file names, which must be the one that is named already."""
+    told = read_yaml(file).get(KEY, name)
+    if told is None:
+        return None
+    if not isinstance(told, str):
+        raise UserError(f"{file}: '{KEY}' is {told!r}; it should be the name of one.")
+    _find(told, known, f"{file}: ")
+    if name is not None and told != name:
+        raise UserError(f"{file} is about the experiment '{told}', not '{name}'; give one or the other.")
+    return told
+
+
+def _find(name: str, known: dict[str, type[parts.Experiment]], where: str = "") -> type[parts.Experiment]:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(known)}."
+        raise UserError(f"{where}'{name}' is no experiment; {hint}")
+    return known[name]
