@@ -112,7 +112,7 @@ def test_every_experiment_has_a_configuration():
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=name)
 def test_an_experiment_is_set_out_in_full(config: Path):
-    """Above: where it is from, what outcome to expect and how long it takes; then every field, with what it does and its range."""
+    """Above: its source, what outcome to expect and how long it takes; then every field, with what it does and its range."""
     lines = config.read_text().splitlines()
     assert all(len(line) <= 140 and "\t" not in line and line == line.rstrip() for line in lines)
     above = [line for line in lines if line.startswith("#")]

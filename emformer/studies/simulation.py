@@ -136,7 +136,7 @@ def _write(folder: Path, experiment: parts.Experiment, outcome: Outcome, wanted:
         (folder / name).mkdir()
     for name, chart in outcome.charts.items():
         _save(chart.frame, folder / "charts" / f"{name}.csv")
-        figures.save(drawing.draw(chart), folder / "figures" / f"{name}.png")
+        figures.save(drawing.draw(chart, experiment.title), folder / "figures" / f"{name}.png")
     facts = {name: str(value) for name, value in recipes.plain(experiment).items()}
     try:
         page.write(outcome, folder / "simulation.html", title=experiment.title, facts=facts)

@@ -325,10 +325,10 @@ def test_from_python(own: Path):
 
 def test_one_of_emformers_own(emformer, tmp_path: Path):
     """A real one, made tiny, and its records beside each other."""
-    small = recipes.experiments()["sphere"].examples()[0]
+    small = recipes.experiments()["space"].examples()[0]
     (tmp_path / "small.yaml").write_text(recipes.written(small))
     state = torch.get_rng_state()
-    found = emformer("simulate", "sphere", "-c", tmp_path / "small.yaml", "--out", tmp_path / "out")
+    found = emformer("simulate", "space", "-c", tmp_path / "small.yaml", "--out", tmp_path / "out")
     assert found.code == 0 and found.out.endswith(f"wrote {tmp_path / 'out'}\n") and torch.equal(state, torch.get_rng_state())
     assert recipes.read_recipe(tmp_path / "out/config.yaml") == small
     names = entries(tmp_path / "out/observed")
