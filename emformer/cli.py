@@ -10,6 +10,7 @@ import importlib
 import shlex
 import shutil
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -474,12 +475,13 @@ def _simulate(arguments: Sequence[str]) -> None:
     if options.observables and not options.observe:
         raise UserError("--observables and --no-observe exclude each other; choose one.")
     from emformer.listing import verdicts
-    from emformer.studies.simulation import OBSERVED, perform, read_statements
+    from emformer.studies.simulation import OBSERVED, perform, read_note, read_statements
 
     observables = (options.observables or OBSERVED) if options.observe else None
     out = options.out or recipes.folder(words, experiment)
     folder = perform(experiment, out=out, observables=observables, overwrite=options.overwrite)
-    print(f"{experiment.title}\n\n{verdicts(read_statements(folder))}\n\nwrote {folder}")
+    note = textwrap.fill(read_note(folder), 120)
+    print("\n\n".join(filter(None, (experiment.title, verdicts(read_statements(folder)), note, f"wrote {folder}"))))
 
 
 def _recorded(options: argparse.Namespace) -> tuple[Any, Any]:

@@ -116,7 +116,8 @@ def verdicts(statements: Sequence[Statement]) -> str:
     table = [["", "predicted ± allowed", "measured", "± error", "n", "claim"]]
     for one in statements:
         expected = f"{signs[one.how]}{short(one.predicted, 4)}" if one.how in signs else ""
-        allowed = f" ± {short(one.tolerance, 2)}" if expected and one.how == "equals" else ""
+        spare = {"equals": "± ", "at most": "+ ", "at least": "− "}.get(one.how, "")
+        allowed = f" {spare}{short(one.tolerance, 2)}" if expected and one.tolerance else ""
         error = f"± {short(one.error, 2)}" if not math.isnan(one.error) else ""
         table.append([verdict(one), expected + allowed, short(one.measured, 4), error, str(one.n), f"{one.claim} ({one.source})"])
     return "\n".join(_aligned(table, "<><<><"))

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
@@ -90,6 +90,10 @@ def choose(words: Sequence[str], prog: str = "emformer simulate", also: Collecti
     parser = _parser(cls, prog, also)
     try:
         given = dict(vars(parser.instantiate(parser.parse_args(words))))
+        hints = get_type_hints(cls)
+        for field in fields(cls):  # the parser lets them pass, and the experiment would stumble over them
+            if given[field.name] is None and type(None) not in get_args(hints[field.name]):
+                raise UserError(f"{name}: {field.name} is null, which it cannot be; leave it out for its default.")
         found = cls(**{field.name: given[field.name] for field in fields(cls)})
         check_nulls(found, name)
         if given[KEY] != name:

@@ -26,7 +26,8 @@ def draw_grids(chart: Heat, title: str = "") -> Figure:
     found, left = paged(grids(chart))
     values = np.concatenate([grid.values.ravel() for grid in found.values()])
     gone, low, high = lost(chart), *limits(chart, values)
-    beyond = int(((values < low) | (values > high)).sum())
+    rounding = 1e-9 * (high - low)
+    beyond = int(((values < low - rounding) | (values > high + rounding)).sum())
     facts = [title, left, f"grey: {gone}" if gone else "", f"{beyond} cells are beyond the scale" if beyond else ""]
     columns = {1: 1, 2: 2, 4: 2}.get(len(found), 3)
     figure, places = spread(list(found), chart.caption, facts, columns, {1: 3.6, 2: 2.9, 3: 2.4}[columns], 0.0)
@@ -41,7 +42,7 @@ def draw_grids(chart: Heat, title: str = "") -> Figure:
             continue
         _panel(axes, grid, chart, colours, norm)
     ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-    extend = ends[bool((values < low).any()), bool((values > high).any())]
+    extend = ends[bool((values < low - rounding).any()), bool((values > high + rounding).any())]
     bar = figure.colorbar(shades, ax=places, label=legible(chart.value, NAME), aspect=28, pad=0.02, extend=extend)
     bar.outline.set_edgecolor(PALE)
     return tell(figure, chart.caption, facts)

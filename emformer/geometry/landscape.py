@@ -41,7 +41,8 @@ def cosine(s: Form, other: Form) -> Likeness:
 
 def overlap(s: Form, other: Form, count: int) -> Likeness:
     """The mean squared cosine of the principal angles between the spaces of the `count` largest eigenvalues, in [0, 1]. Null:
-    count/d. Cost d^3. Source: math K (6).
+    count/d. nan where that space of one of them is not known: the next eigenvalue is as large, up to rounding. Cost d^3.
+    Source: math K (6).
 
     Raises:
         ValueError: for a count that is not in 1 … d.
@@ -49,9 +50,19 @@ def overlap(s: Form, other: Form, count: int) -> Likeness:
     dim = len(s)
     if not 1 <= count <= dim:
         raise ValueError(f"a space of {count} directions of {dim}")
-    one, two = (torch.linalg.eigh(wide(w)).eigenvectors[:, dim - count :] for w in (s, other))
-    p = one @ one.mT
-    return Likeness(float((one.mT @ two).square().sum()) / count, count / dim, _spread(p, p) / count)
+    one, two = (_highest(w, count) for w in (s, other))
+    # of projections onto so many directions, whichever they are
+    p = torch.diag((torch.arange(dim) < count).double())
+    found = math.nan if one is None or two is None else float((one.mT @ two).square().sum()) / count
+    return Likeness(found, count / dim, _spread(p, p) / count)
+
+
+def _highest(s: Tensor, count: int) -> Tensor | None:
+    """(d, count) eigenvectors of the largest eigenvalues; None where the next one ties with them."""
+    values, vectors = torch.linalg.eigh(wide(s))
+    first = len(s) - count
+    rounding = 16 * len(s) * torch.finfo(s.dtype).eps * float(values.abs().max())
+    return None if first and float(values[first] - values[first - 1]) <= rounding else vectors[:, first:]
 
 
 def _spread(s: Tensor, other: Tensor) -> float:

@@ -1,8 +1,10 @@
-"""One attention step as a field on directions, and the energy of its layer: what the family "wgf" looks at."""
+"""One attention step as a field on directions, and the energy of its layer: what the family "wgf" looks at, and at which
+prompts."""
 
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from emformer.kernels.base import scores
 from emformer.kernels.unnormalised import UnnormalisedKernel
 from emformer.masks import Full, visible
 from emformer.norms import Norm
+from emformer.observables.base import Observation
 from emformer.observables.energy import temperature
 from emformer.placements import Retraction
 from emformer.trajectory import Trajectory
@@ -47,6 +50,11 @@ class Layer(NamedTuple):
     def freedom(self, x: Tensor) -> int:
         """The dimension of the space that clouds (B, N, d) move in, N (d - 1) on the sphere; 1 over it is the null of R^2."""
         return x.shape[1] * (x.shape[2] - {"ambient": 0, "sphere": 1, "centred": 2}[self.space])
+
+    def null(self, x: Tensor) -> float | None:
+        """Of R^2; None where clouds cannot move."""
+        freedom = self.freedom(x)
+        return 1 / freedom if freedom > 0 else None
 
     def place(self, x: Tensor) -> Tensor:
         """theta of the cloud x."""
@@ -107,6 +115,47 @@ def corner(one: Layer, x: Tensor) -> Layer:
     return Layer(one.space, field, None, forms, one.beta)
 
 
+class FirstPrompts(Observation):
+    """What looks at so many prompts of a pass, the first ones, a few at a time, whose patterns can be held."""
+
+    def __init__(self, prompts: int):
+        self._left, self._before = prompts, 0
+
+    @torch.no_grad()
+    def update(self, trajectory: Trajectory) -> None:
+        for part in trajectory.lots():
+            count = min(self._left, part.prompts)
+            if count:
+                self._take(part, count)
+            self._left -= count
+            self._before += count  # prompts seen so far: the number of the next one
+
+    @abstractmethod
+    def _take(self, trajectory: Trajectory, count: int) -> None:
+        """The first `count` prompts of the trajectory."""
+
+
+class WholePatterns(FirstPrompts):
+    """The same, through whole patterns: where a prompt's weights are beyond the budget, all is undefined."""
+
+    def _take(self, trajectory: Trajectory, count: int) -> None:
+        known = [k for k in trajectory.attentions if has_field(trajectory.block(k))]
+        if any(weights_of_one(trajectory, k) > trajectory.budget for k in known):
+            nothing = torch.full((count,), torch.nan, dtype=torch.float64)
+            for k in known:
+                self._undefined(trajectory, k, nothing)
+        else:
+            self._look(trajectory, known, count)
+
+    @abstractmethod
+    def _look(self, trajectory: Trajectory, known: list[int], count: int) -> None:
+        """The steps `known` have a field."""
+
+    @abstractmethod
+    def _undefined(self, trajectory: Trajectory, k: int, nothing: Tensor) -> None:
+        """Add `nothing`, a nan for each prompt, wherever step k would have a number."""
+
+
 def has_field(block: Block) -> bool:
     kernel = block.attention.kernel
     return not (len(block.attention.positions) or kernel.reads_factors or not kernel.differentiable)
@@ -159,6 +208,11 @@ def _factors(y: Tensor, told: Effective) -> tuple[Tensor, Tensor]:
     rows = torch.einsum("bnd,hd->bhn", y, told.query) + told.constant.unsqueeze(-1)
     keys = torch.cat([y, torch.ones_like(y[..., :1])], -1)
     return torch.cat([queries, rows.unsqueeze(-1)], -1), keys.unsqueeze(1)
+
+
+def half(param: str | None) -> float | None:
+    """The null of falls, of rows with this param: 1/2, but none in R^d, where energies bend upwards and long steps climb."""
+    return None if "ambient" in (param or "").split() else 0.5
 
 
 def rounding(clouds: Tensor) -> float:

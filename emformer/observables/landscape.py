@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
+from scipy.linalg import helmert
 from torch import Tensor
 
 from emformer import parts
@@ -16,7 +17,7 @@ from emformer.geometry import landscape
 from emformer.geometry.spectra import wide
 from emformer.observables.base import Observation, Row, estimate
 from emformer.observables.directions import FEWEST, rank_correlation
-from emformer.observables.fields import Layer, joined, of, weights_of_one
+from emformer.observables.fields import FirstPrompts, Layer, joined, of, weights_of_one
 from emformer.parts import UserError
 from emformer.trajectory import Trajectory
 
@@ -26,14 +27,16 @@ class Landscape(parts.Observable):
     """The energies that two consecutive attention steps climb (`GradientFlow`), against each other; rows of the later one.
 
     Forms are those of the energy, symmetric and effective, their mean over heads: heads of different layers have no common names.
-    Cosines and overlaps are read off the weights, once: `n_valid` is 1 (of a shared block they are 1). The rank correlation is
-    over prompts: do those that are high up in one landscape stand high in the next. The same layers have rows as in
-    `GradientFlow`, if both are in the same space. Cost: d^3 once, and H N d (N + d) a prompt and step; a prompt whose H N^2
-    scores are beyond the trajectory's budget has no energy. Source: math K (6).
+    Behind a norm that removes the mean they are forms on the plane of mean 0, of d' = d - 1 dimensions (d' = d otherwise): the
+    direction that all of them lack makes none alike. Cosines and overlaps are read off the weights, once: `n_valid` is 1 (of a
+    shared block they are 1); an overlap is undefined where the k-th eigenvalue and the next are one. The rank correlation is over
+    prompts: do those that are high up in one landscape stand high in the next. The same layers have rows as in `GradientFlow`, if
+    both are in the same space. Cost: d^3 once, and H N d (N + d) a prompt and step; a prompt whose H N^2 scores are beyond the
+    trajectory's budget has no energy. Source: math K (6).
 
     Args:
         prompts: how many are looked at, the first ones.
-        directions: dimension of the space of the largest eigenvalues, into which a cloud gathers; d at most.
+        directions: k, dimension of the space of the largest eigenvalues, into which a cloud gathers; at most d'.
     """
 
     prompts: int = 512
@@ -42,9 +45,9 @@ class Landscape(parts.Observable):
     family: ClassVar[str] = "wgf"
     keys: ClassVar[Mapping[str, str]] = {
         "wgf.form_cos": "<S, S'>/(|S||S'|) of the symmetric forms of this attention step and of the one before; [-1, 1]; 1 the "
-        "same landscape; null random eigenvectors, tr S tr S'/(d |S||S'|)",
+        "same landscape; null random eigenvectors, tr S tr S'/(d' |S||S'|)",
         "wgf.form_overlap": "mean squared cosine of the principal angles between the spaces of the k largest eigenvalues of S "
-        "and S'; [0, 1]; null k/d; param 'k'",
+        "and S'; [0, 1]; null k/d'; param 'k'",
         "wgf.energy_rank": "rank correlation over prompts of log E of this step at its cloud with that of the one before at its "
         "own; [-1, 1]; null 0, sd 1/sqrt(n - 1)",
     }
@@ -58,21 +61,14 @@ class Landscape(parts.Observable):
         return _Landscape(self.prompts, self.directions)
 
 
-class _Landscape(Observation):
+class _Landscape(FirstPrompts):
     def __init__(self, prompts: int, directions: int):
-        self._left, self._directions = prompts, directions
+        super().__init__(prompts)
+        self._directions = directions
         self._forms: list[Row] = []
         self._energies: dict[tuple[int, str, str | None], list[Tensor]] = {}
 
-    @torch.no_grad()
-    def update(self, trajectory: Trajectory) -> None:
-        for part in trajectory.lots():
-            if self._left:
-                self._take(part)
-
-    def _take(self, trajectory: Trajectory) -> None:
-        count = min(self._left, trajectory.prompts)
-        self._left -= count
+    def _take(self, trajectory: Trajectory, count: int) -> None:
         told = [(k, of(trajectory.block(k))) for k in trajectory.attentions]
         first = not self._energies
         for (k, one), (later, two) in pairwise(told):
@@ -87,6 +83,11 @@ class _Landscape(Observation):
 
     def _compared(self, one: Layer, two: Layer, at: tuple[int, str, str | None]) -> Iterator[Row]:
         forms = [w.beta * w.forms.mean(0) for w in (one, two)]
+        if one.space == "centred":
+            plane = torch.from_numpy(helmert(len(forms[0]))).to(forms[0])
+            forms = [plane @ w @ plane.mT for w in forms]
+        if not len(forms[0]):
+            return  # the plane of mean 0 of a line is a point
         k = min(self._directions, len(forms[0]))
         for key, param, found in (
             ("wgf.form_cos", at[2], landscape.cosine(*forms)),

@@ -17,7 +17,7 @@ from emformer import parts
 from emformer.geometry import integrability, paths
 from emformer.geometry.spectra import wide
 from emformer.observables.base import Moments, Observation, Row
-from emformer.observables.fields import Layer, has_field, joined, layer, rounding, space_of, weights_of_one
+from emformer.observables.fields import Layer, WholePatterns, half, joined, layer, rounding, space_of, weights_of_one
 from emformer.parts import UserError
 from emformer.trajectory import Trajectory
 
@@ -30,10 +30,10 @@ KEYS: Mapping[str, str] = {
     "its partition sum, which undoes softmax (one head); controls: 'shuffled' singular vectors, the 'gradient' corner (0)",
     "wgf.r2": "cos^2(field, grad E) over the cloud; [0, 1]; null 1/(N (d - 1)); param 'best': best mixture of heads; controls: "
     "'shuffled' singular vectors, 'random' velocities, the 'gradient' corner (1)",
-    "wgf.viol": "share of prompts in which a step lowers E; [0, 1]; null .5; param 'fixed': share of all steps that lower the "
-    "energy of the mean form; controls: 'random' steps as long, the 'gradient' corner (0)",
-    "wgf.tv_ratio": "sum of the falls of log E over the sum of its changes, over prompts; [0, 1]; null .5; param 'fixed': of the "
-    "energy of the mean form, over depth",
+    "wgf.viol": "share of prompts in which a step lowers E; [0, 1]; null .5, none if 'ambient'; param 'fixed': share of all "
+    "steps that lower the energy of the mean form; controls: 'random' steps as long, the 'gradient' corner (0)",
+    "wgf.tv_ratio": "sum of the falls of log E over the sum of its changes, over prompts; [0, 1]; null .5, none if 'ambient'; "
+    "param 'fixed': of the energy of the mean form, over depth",
     "wgf.dissip_slope": "slope of the change of log E on <grad log E, step>, over prompts; 1 for small steps",
 }
 
@@ -74,50 +74,33 @@ class GradientFlow(parts.Observable):
         return _GradientFlow(self.prompts, self.probes, self.seed)
 
 
-class _GradientFlow(Observation):
+class _GradientFlow(WholePatterns):
     def __init__(self, prompts: int, probes: int, seed: int):
-        self._left, self._probes, self._seed = prompts, probes, seed
+        super().__init__(prompts)
+        self._probes, self._seed = probes, seed
         self._moments = Moments()
         self._errors: dict[Where, list[float]] = {}
         self._changes: dict[Where, list[tuple[Tensor, Tensor]]] = {}
 
-    @torch.no_grad()
-    def update(self, trajectory: Trajectory) -> None:
-        for part in trajectory.lots():
-            if self._left:
-                self._take(part)
+    def _undefined(self, trajectory: Trajectory, k: int, nothing: Tensor) -> None:
+        step, space = trajectory.steps[k], space_of(trajectory.block(k))
+        at, param = (step.layer, step.point), "ambient" if space == "ambient" else None
+        climbs = param if step.ffn is None else joined("parallel", param)
+        self._moments.add(nothing, *at, "wgf.omega", param=param, null=0.5)
+        self._moments.add(nothing, *at, "wgf.r2", param=param)
+        self._moments.add(nothing, *at, "wgf.viol", param=climbs, null=half(climbs))
+        self._changes.setdefault((*at, climbs), []).append((nothing, nothing))
 
-    def _take(self, trajectory: Trajectory) -> None:
-        """A few prompts, whose patterns can be held."""
-        count = min(self._left, trajectory.prompts)
-        known = [k for k in trajectory.attentions if has_field(trajectory.block(k))]
-        if any(weights_of_one(trajectory, k) > trajectory.budget for k in known):
-            self._undefined(trajectory, known, count)
-        else:
-            self._look(trajectory, count)
-        self._left -= count
-        self._seed += count
-
-    def _undefined(self, trajectory: Trajectory, known: list[int], count: int) -> None:
-        nothing = torch.full((count,), torch.nan, dtype=torch.float64)
+    def _look(self, trajectory: Trajectory, known: list[int], count: int) -> None:
+        layers = []
         for k in known:
-            step, block = trajectory.steps[k], trajectory.block(k)
-            at, param = (step.layer, step.point), "ambient" if space_of(block) == "ambient" else None
-            climbs = param if step.ffn is None else joined("parallel", param)
-            self._moments.add(nothing, *at, "wgf.omega", param=param, null=0.5)
-            self._moments.add(nothing, *at, "wgf.r2", param=param)
-            self._moments.add(nothing, *at, "wgf.viol", param=climbs, null=0.5)
-            self._changes.setdefault((*at, climbs), []).append((nothing, nothing))
-
-    def _look(self, trajectory: Trajectory, count: int) -> None:
-        layers = {k: layer(trajectory, k) for k in trajectory.attentions}
-        for k, one in layers.items():
-            if one is not None:
-                self._field(trajectory, k, one, count)
-                self._climb(trajectory, k, one, count)
-        known = [one for one in layers.values() if one is not None]
-        if known and len(known) == len(layers) and len({one.space for one in known}) == 1:
-            self._depth(trajectory, known, count)
+            one = layer(trajectory, k)
+            assert one is not None
+            self._field(trajectory, k, one, count)
+            self._climb(trajectory, k, one, count)
+            layers.append(one)
+        if known and known == list(trajectory.attentions) and len({one.space for one in layers}) == 1:
+            self._depth(trajectory, layers, count)
 
     def _field(self, trajectory: Trajectory, k: int, one: Layer, count: int) -> None:
         step = trajectory.steps[k]
@@ -128,15 +111,14 @@ class _GradientFlow(Observation):
                 continue
             # prompt by prompt, so that what a prompt's probes are does not hang on the prompts beside it
             found = [
-                integrability.estimated_defect(field, some, one.space, self._probes, self._seed + b, probes)
+                integrability.estimated_defect(field, some, one.space, self._probes, self._seed + self._before + b, probes)
                 for b, some in enumerate(x.split(1))
             ]
             self._moments.add(torch.cat([each.value for each in found]), *at, "wgf.omega", param=param, null=0.5)
             self._errors.setdefault((*at, param), []).extend(float(each.error) for each in found)
-        velocity, freedom = one.field(one.place(x)), one.freedom(x)
-        null = 1 / freedom if freedom > 0 else None
+        velocity = one.field(one.place(x))
         found = integrability.alignment(velocity, one.gradient(x), x, one.space)
-        self._moments.add(found, *at, "wgf.r2", param=one.param, null=null)
+        self._moments.add(found, *at, "wgf.r2", param=one.param, null=one.null(x))
         if len(one.forms) > 1:
             best = integrability.best_alignment(velocity, one.gradients(x)[0], x, one.space)
             self._moments.add(best, *at, "wgf.r2", param=joined("best", one.param))
@@ -153,7 +135,7 @@ class _GradientFlow(Observation):
         predicted = (one.gradient(x) * speed).sum((-2, -1))
         change = one.total(wide(after[:count])) - one.total(x)
         viol = integrability.violations(change, rounding(step.before))
-        self._moments.add(viol, step.layer, step.point, "wgf.viol", param=param, null=0.5)
+        self._moments.add(viol, step.layer, step.point, "wgf.viol", param=param, null=half(param))
         self._changes.setdefault((step.layer, step.point, param), []).append((change.cpu(), predicted.cpu()))
 
     def _depth(self, trajectory: Trajectory, known: list[Layer], count: int) -> None:
@@ -161,10 +143,10 @@ class _GradientFlow(Observation):
         mean = torch.stack([one.beta * one.forms.mean(0) for one in known]).mean(0, keepdim=True)
         fixed = known[0]._replace(forms=mean, beta=1.0)
         change = torch.stack([fixed.total(wide(x[:count])) for x in trajectory.clouds]).diff(dim=0)
-        falls = integrability.violations(change, rounding(trajectory.clouds[0])).mean(0)
-        self._moments.add(falls, None, None, "wgf.viol", param=joined("fixed", fixed.param), null=0.5)
+        falls, param = integrability.violations(change, rounding(trajectory.clouds[0])).mean(0), joined("fixed", fixed.param)
+        self._moments.add(falls, None, None, "wgf.viol", param=param, null=half(param))
         ratio = integrability.variation_ratio(change)
-        self._moments.add(ratio, None, None, "wgf.tv_ratio", param=joined("fixed", fixed.param), null=0.5)
+        self._moments.add(ratio, None, None, "wgf.tv_ratio", param=param, null=half(param))
 
     def rows(self) -> list[Row]:
         found = []
@@ -175,7 +157,7 @@ class _GradientFlow(Observation):
             found.append(row._replace(se=errors[0]) if alone else row)
         for (at, point, param), pairs in self._changes.items():
             change, predicted = (torch.cat(values) for values in zip(*pairs, strict=True))
-            found.append(_ratio(change)._replace(layer=at, point=point, param=param))
+            found.append(_ratio(change)._replace(layer=at, point=point, null=half(param), param=param))
             slope = integrability.dissipation_slope(change, predicted)
             told = slope.slope if slope.slope == slope.slope else None
             error = slope.error if slope.error == slope.error else None
@@ -188,7 +170,7 @@ def _ratio(change: Tensor) -> Row:
     """TV-/TV over prompts, with the standard error of a ratio of means."""
     known = change[~change.isnan()]
     ratio, n = float(integrability.variation_ratio(known)), len(known)
-    row = Row(None, None, "wgf.tv_ratio", None, n_valid=n, n_dropped=len(change) - n, null=0.5)
+    row = Row(None, None, "wgf.tv_ratio", None, n_valid=n, n_dropped=len(change) - n)
     if ratio != ratio:
         return row
     size = known.abs()

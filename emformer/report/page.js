@@ -696,7 +696,12 @@
       });
       const scale = (log, name) => {
         if (!log) return {};
-        const known = finite(d.panels.flatMap(panel => panel.lines.flatMap(line => line[name]))), decades = known.length ? Math.log10(known.reduce((a, b) => Math.max(a, b)) / known.reduce((a, b) => Math.min(a, b))) : 1;
+        const known = finite(d.panels.flatMap(panel => panel.lines.flatMap(line => line[name]))).filter(value => value > 0);
+        const low = known.reduce((a, b) => Math.min(a, b), Infinity), high = known.reduce((a, b) => Math.max(a, b), 0), decades = known.length ? Math.log10(high / low) : 1;
+        // plotly would write 2 and 5 where 20 and .5 are meant
+        const within = decades < 1 ? [1, 1.5, 2, 3, 5, 7] : decades < 2.2 ? [1, 2, 5] : [1], first = Math.floor(Math.log10(low));
+        const marks = known.length && decades <= 4 ? range(Math.ceil(decades) + 2).flatMap(k => within.map(one => one * 10 ** (first + k))).filter(one => one > low / 1.1 && one < high * 1.1) : [];
+        if (marks.length > 1) return { type: "log", tickvals: marks, ticktext: marks.map(one => number(one)) };
         return { type: "log", exponentformat: decades > 4 ? "power" : "none", nticks: Math.min(8, Math.max(3, Math.floor(decades / 0.71))) };
       };
       const show = () => d.panels.forEach((panel, k) => draw(box.plot(`panel${k}`), traces[k].map(trace => ({ ...trace, visible: !off.has(trace.owner) })), {

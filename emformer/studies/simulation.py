@@ -1,7 +1,7 @@
 """An experiment with an idealised model, as a folder.
 
 config.yaml        the recipe, every field in it: `emformer simulate FOLDER/config.yaml` gives the same numbers again
-statements.csv     what theory says, what was measured, and whether it held
+statements.csv     what theory says, what was measured, and whether it held; note.txt what else is to be known of it
 charts/            what is drawn, as numbers; figures/ as pictures
 simulation.html    the statements and all charts on one page
 observed/NAME/     of each trajectory: records.jsonl as of a run (its layers are times, see times.csv)
@@ -11,10 +11,13 @@ environment.json   versions of what the numbers depend on
 from __future__ import annotations
 
 import csv
+import math
 import re
 import sys
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import get_args
 
@@ -39,17 +42,19 @@ from emformer.theory.outcome import How, Outcome, Statement
 from emformer.trajectory import Trajectory
 
 OBSERVED = (Flow(), Clustering(), Energy())  # what costs no more than most simulations do
-WRITTEN = {"config.yaml", "statements.csv", "charts", "figures", "simulation.html", "observed", "environment.json"}
+WRITTEN = {"config.yaml", "statements.csv", "note.txt", "charts", "figures", "simulation.html", "observed", "environment.json"}
 
 
 def perform(
-    experiment: parts.Experiment,
+    experiment: parts.Experiment | str,
     *,
     out: str | Path | None = None,
     observables: str | parts.Observable | Iterable[str | parts.Observable] | None = OBSERVED,
     overwrite: bool = False,
 ) -> Path:
     """Run an experiment with an idealised model, write what it found into a folder, and return that folder.
+
+        from emformer.theory.experiments.sphere import Sphere
 
         emformer.perform(Sphere(betas=(1.0, 8.0)), out="simulations/hot-and-cold")
         emformer.read_records("simulations/hot-and-cold/observed/*")
@@ -58,7 +63,8 @@ def perform(
     environment.json tells.
 
     Args:
-        experiment: one of `emformer.theory.experiments`, or your own `parts.Experiment`.
+        experiment: one of `emformer.theory.experiments`, your own `parts.Experiment`; or a name, for its
+            defaults, or a recipe's file.
         out: the folder; by default `simulations/NAME`.
         observables: what is measured on the trajectories of the experiment: "all", names of families, settings of observables;
             None for nothing. What is costly sees the first prompts only, as in `emformer.analyze`. By default how tokens move and
@@ -68,18 +74,33 @@ def perform(
     Raises:
         UserError: for a folder that is taken, and for settings with which the simulation cannot be carried through.
     """
+    if isinstance(experiment, str):
+        experiment = recipes.choose([experiment])
     folder = Path(out) if out is not None else recipes.folder((), experiment)
     _check_free(folder, overwrite)
+    with _unwritable(folder):  # which shall be known before anything is simulated
+        tempfile.TemporaryDirectory(dir=next(one for one in folder.resolve().parents if one.exists())).cleanup()
     wanted = [] if observables is None else _looks(observables)
     begun = time.monotonic()
     outcome = _run(experiment)
     seconds = time.monotonic() - begun
+    with _unwritable(folder), replaced_folder(folder) as partial:
+        _write(partial, experiment, outcome, wanted, seconds)
+    return folder
+
+
+@contextmanager
+def _unwritable(folder: Path) -> Generator[None]:
     try:
-        with replaced_folder(folder) as partial:
-            _write(partial, experiment, outcome, wanted, seconds)
+        yield
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; what was there before is as it was.") from error
-    return folder
+
+
+def read_note(folder: str | Path) -> str:
+    """What else is to be known of a simulation's claims; "" for nothing."""
+    path = Path(folder) / "note.txt"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def read_statements(folder: str | Path) -> list[Statement]:
@@ -95,9 +116,8 @@ def read_statements(folder: str | Path) -> list[Statement]:
 def _statement(row: Mapping[str, str]) -> Statement:
     """Numbers by `float`, which loses no bit; what is undefined is empty."""
     how = next(one for one in get_args(How) if one == row["how"])
-    predicted, measured, tolerance, error = (
-        float(row[name] or "nan") for name in ("predicted", "measured", "tolerance", "error")
-    )
+    predicted, measured, error = (float(row[name] or "nan") for name in ("predicted", "measured", "error"))
+    tolerance = float(row["tolerance"] or 0.0)
     return Statement(row["claim"], row["source"], how, predicted, measured, tolerance, int(row["n"]), error)
 
 
@@ -131,6 +151,11 @@ def _run(experiment: parts.Experiment) -> Outcome:
 def _write(folder: Path, experiment: parts.Experiment, outcome: Outcome, wanted: Sequence[Look], seconds: float) -> None:
     (folder / "config.yaml").write_text(recipes.written(experiment), encoding="utf-8")
     rows = [one._asdict() | {"held": one.held} for one in outcome.statements]
+    for row in rows:
+        if row["how"] == "measured":  # nothing is predicted, and so nothing allowed
+            row |= {"predicted": math.nan, "tolerance": math.nan}
+    if outcome.note:
+        (folder / "note.txt").write_text(outcome.note + "\n", encoding="utf-8")
     _save(pd.DataFrame(rows, columns=[*Statement._fields, "held"]), folder / "statements.csv")
     for name in ("charts", "figures"):
         (folder / name).mkdir()

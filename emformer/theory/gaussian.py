@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +32,8 @@ from emformer.model import Emformer
 from emformer.types import Cloud
 
 LARGEST = 1e8  # trace of a covariance at which a law counts as gone
-FASTER = 1e-2  # what is left to a blow-up, as a share of the time until then; exponential growth has 1/log(LARGEST) and more
+SHARES = (0.01, 0.03, 0.1, 0.3)  # of the largest trace, between which its growth is judged
+QUICKENS = 0.25  # least power of the trace by which its rate rises in a blow-up: 1 of 1/(t* - t), 1/2 of its square, 0 of exp t
 
 Mean = Float64[Tensor, "*batch d"]
 Covariance = Float64[Tensor, "*batch d d"]
@@ -103,15 +105,14 @@ class Closure:
 
     def commutes(self, cov: Covariance, tolerance: float = 1e-10) -> Bool[Tensor, "*batch"]:
         """Whether each F_h commutes with the cloud's covariance and with B = `growth()`, up to a relative `tolerance`: then
-        `closed_form` is the solution for softmax attention, and otherwise there is none. M may be anything.
+        `closed_form` is the solution for softmax attention, and otherwise in general not (it is where heads cancel: F and -F with
+        one M). M may be anything.
 
         Raises:
             ValueError: for another kernel.
         """
-        if not isinstance(self.kernel, SoftmaxKernel):
-            raise ValueError(f"the closed form is that of softmax attention, not of {type(self.kernel).__name__}")
-        cov = cov.unsqueeze(-3)
-        return (_commute(self.content, cov, tolerance) & _commute(self.content, self.growth(), tolerance)).all(-1)
+        growth = _softmax(self)[0]
+        return (_commute(self.content, cov.unsqueeze(-3), tolerance) & _commute(self.content, growth, tolerance)).all(-1)
 
 
 @torch.no_grad()
@@ -143,8 +144,9 @@ def closure(model: Emformer, layer: int = 0) -> Closure:
 class Evolution(NamedTuple):
     """A law in time: `times` (K,), `means` (K, d), `covs` (K, d, d), up to the end or to where it was stopped.
 
-    `stopped`: when the trace of the covariance went beyond the largest allowed; `blow_up`: when it is infinite, if it then grew
-    so fast that this is soon (as 1/(t* - t) does, and exp t does not). inf where that did not happen.
+    `stopped`: when the trace of the covariance went beyond the largest allowed; `blow_up`: when it is infinite, if its rate then
+    rose as a power of it (by the first power where it is as 1/(t* - t), by none where as exp t, however late the growth began;
+    what is steeper than the fourth power of 1/(t* - t) cannot be told from that). inf where that did not happen.
     """
 
     times: Float64[Tensor, " K"]
@@ -178,8 +180,9 @@ def evolve(
         law: without batch.
         times: when the law is told, ascending in [0, until]; default: after each step of the integrator, which are dense where
             the law moves fast.
-        largest: it stops where tr Sigma passes this. A covariance knows its narrow directions to 1e-16 of its trace only, and
-            L2 and Sinkhorn attention ask for them: at 1e8 they take thousands of steps, at 1e5 few.
+        largest: it stops where tr Sigma passes this, or a hundred times the trace at the start if that is more: it takes two
+            decades to tell a blow-up. A covariance knows its narrow directions to 1e-16 of its trace only, and L2 and Sinkhorn
+            attention ask for them: at 1e8 they take thousands of steps, at 1e5 few.
         tolerance: relative error allowed in a step; that of the result is about 100 times as much.
 
     Raises:
@@ -192,10 +195,10 @@ def evolve(
     asked = None if times is None else np.asarray(times, dtype=np.float64)
     if asked is not None and (len(asked) == 0 or asked[0] < 0 or asked[-1] > until or bool((np.diff(asked) <= 0).any())):
         raise ValueError(f"times ascend in [0, {until:g}]")
-    if float(law.cov.trace()) >= largest:
-        raise ValueError(
-            f"the trace of the covariance is {float(law.cov.trace()):g} at the start; the largest allowed is {largest:g}"
-        )
+    width = float(law.cov.trace())
+    if width >= largest:
+        raise ValueError(f"the trace of the covariance is {width:g} at the start; the largest allowed is {largest:g}")
+    largest = max(largest, width / SHARES[0])
 
     def split(y: np.ndarray) -> tuple[Tensor, Tensor]:
         whole = torch.from_numpy(y)
@@ -206,8 +209,16 @@ def evolve(
         offset, gain = gaussian.field(Law(mean, root @ root.mT))
         return torch.cat([gain @ mean + offset, (gain @ root).flatten()]).numpy()
 
+    def pace(y: np.ndarray) -> tuple[float, float]:
+        """The trace and its rate, tr Sigma'/tr Sigma."""
+        mean, root = split(y)
+        law = Law(mean, root @ root.mT)
+        trace = float(law.cov.trace())
+        return trace, float(gaussian.velocity(law).cov.trace()) / trace
+
     start = torch.cat([law.mean, _root(law.cov).flatten()]).numpy()
     told_at, states = [], []
+    below = dict.fromkeys(SHARES, start)  # the last states whose traces are below these shares of the largest
     stopped = blow_up = math.inf
 
     def tell(at: float, y: np.ndarray) -> None:
@@ -223,14 +234,15 @@ def evolve(
         if solver.status == "failed" or not np.isfinite(solver.y).all():
             raise ArithmeticError(f"the law is no longer finite, or cannot be followed, after time {before:g}")
         reached = solver.t
-        gone = float(np.square(solver.y[dim:]).sum()) >= largest
+        width = float(np.square(solver.y[dim:]).sum())
+        below |= {share: solver.y.copy() for share in SHARES if width < share * largest}
+        gone = width >= largest
         if gone:
-            mean, root = split(solver.y)
-            change = gaussian.velocity(Law(mean, root @ root.mT)).cov
-            left = float((root @ root.mT).trace() / change.trace())
             stopped = reached
-            if 0 < left < FASTER * reached:
-                blow_up = reached + left
+            paces = [pace(y) for y in (*below.values(), solver.y)]
+            powers = [_power(*both) for both in pairwise(paces)]
+            if min(powers) > QUICKENS:  # all along: an exponential that overtakes a slower one quickens for a factor of ten only
+                blow_up = reached + 1 / (powers[-1] * paces[-1][1])
         if asked is None:
             tell(reached, solver.y)
         else:
@@ -246,44 +258,52 @@ def evolve(
     return Evolution(torch.tensor(told_at, dtype=torch.float64), whole[:, :dim], roots @ roots.mT, stopped, blow_up)
 
 
-def blow_up(growth: Growth, cov: Covariance) -> Numbers:
+def blow_up(gaussian: Closure, cov: Covariance) -> Numbers:
     """t* = 1/lambda_max(Sigma^{1/2} B Sigma^{1/2}), when the cloud is infinitely wide if `Closure.commutes`; inf where no
-    eigenvalue is positive. Cost d^3. Source: math E.6."""
-    top = torch.linalg.eigvalsh(_seen(growth, _root(cov)))[..., -1]
-    rounding = 1e-13 * torch.linalg.matrix_norm(growth) * cov.diagonal(dim1=-2, dim2=-1).sum(-1)
-    return (1 / top).where(top > rounding, math.inf)
-
-
-def closed_form(growth: Growth, cov: Covariance, time: float) -> Covariance:
-    """Sigma(t) = (Sigma^-1 - t B)^-1, the solution for softmax if `Closure.commutes`; of a singular Sigma too.
+    eigenvalue is positive.
 
     Raises:
-        ValueError: for a time at or after the blow-up of any of the clouds.
-
-    Cost d^3. Source: math E.6; S3.
-    """
-    first = float(blow_up(growth, cov).min())
-    if not time < first:
-        raise ValueError(f"the cloud is infinitely wide at {first:g}; there is nothing at {time:g}")
-    root = _root(cov)
-    inner = torch.eye(root.shape[-1], dtype=root.dtype) - time * _seen(growth, root)
-    return root @ torch.linalg.solve(inner, root)
-
-
-def limit(growth: Growth, cov: Covariance, tolerance: float = 1e-10) -> Covariance:
-    """`closed_form` at t -> infinity, B negative semidefinite: (P Sigma^-1 P)^-1 on the kernel of B, P its projector, and 0
-    elsewhere; so of rank dim ker B where Sigma has full rank. Eigenvalues of B below `tolerance` of the largest are 0.
-
-    Raises:
-        ValueError: for a B with a positive eigenvalue: there is no limit.
+        ValueError: for another kernel than softmax.
 
     Cost d^3. Source: math E.6.
     """
+    growth, size = _softmax(gaussian)
+    top = torch.linalg.eigvalsh(_seen(growth, _root(cov)))[..., -1]
+    rounding = 1e-13 * size * cov.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (1 / top).where(top > rounding, math.inf)
+
+
+def closed_form(gaussian: Closure, cov: Covariance, time: float) -> Covariance:
+    """Sigma(t) = (Sigma^-1 - t B)^-1, the solution for softmax if `Closure.commutes`; of a singular Sigma too.
+
+    Raises:
+        ValueError: for another kernel, and for a time at or after the blow-up of any of the clouds.
+
+    Cost d^3. Source: math E.6; S3.
+    """
+    first = float(blow_up(gaussian, cov).min())
+    if not time < first:
+        raise ValueError(f"the cloud is infinitely wide at {first:g}; there is nothing at {time:g}")
+    root = _root(cov)
+    inner = torch.eye(root.shape[-1], dtype=root.dtype) - time * _seen(gaussian.growth(), root)
+    return root @ torch.linalg.solve(inner, root)
+
+
+def limit(gaussian: Closure, cov: Covariance, tolerance: float = 1e-10) -> Covariance:
+    """`closed_form` at t -> infinity, B negative semidefinite: (P Sigma^-1 P)^-1 on the kernel of B, P its projector, and 0
+    elsewhere; so of rank dim ker B where Sigma has full rank. Eigenvalues of B below `tolerance` of what it is the sum of,
+    2 beta sum_h |F_h| |M_h|, are 0.
+
+    Raises:
+        ValueError: for another kernel than softmax, and for a B with a positive eigenvalue: there is no limit.
+
+    Cost d^3. Source: math E.6.
+    """
+    growth, size = _softmax(gaussian)
     values, vectors = torch.linalg.eigh(growth)
-    size = tolerance * values.abs().max()
-    if values[-1] > size:
+    if values[-1] > tolerance * size:
         raise ValueError(f"B has the positive eigenvalue {float(values[-1]):g}: the cloud has no limit")
-    root, rest = _root(cov), vectors[:, values < -size]
+    root, rest = _root(cov), vectors[:, values < -tolerance * size]
     # Sigma^{1/2} Q Sigma^{1/2}, Q the projector on what is orthogonal to Sigma^{1/2} im B
     axes, sizes, _ = torch.linalg.svd(root @ rest, full_matrices=False)
     if rest.shape[-1]:
@@ -352,6 +372,23 @@ def _root(cov: Tensor) -> Tensor:
     """The symmetric root of a positive semidefinite matrix."""
     values, vectors = torch.linalg.eigh(cov)
     return (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def _softmax(gaussian: Closure) -> tuple[Tensor, float]:
+    """B, and the size of the terms that it is the sum of: what cancels to rounding is that small beside it."""
+    if not isinstance(gaussian.kernel, SoftmaxKernel):
+        raise ValueError(f"the closed form is that of softmax attention, not of {type(gaussian.kernel).__name__}")
+    norms = torch.linalg.matrix_norm(gaussian.content) * torch.linalg.matrix_norm(gaussian.tilt)
+    return gaussian.growth(), 2 * gaussian.kernel.beta * float(norms.sum())
+
+
+def _power(before: tuple[float, float], after: tuple[float, float]) -> float:
+    """By which power of the trace its rate rises, from (trace, rate) before to those after; inf where that says nothing: no
+    growth before, or both are one state."""
+    (narrow, slow), (wide, fast) = before, after
+    if fast <= 0:
+        return 0.0
+    return math.log(fast / slow) / math.log(wide / narrow) if slow > 0 and wide > narrow else math.inf
 
 
 def _seen(growth: Tensor, root: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ Counts = Int64[Tensor, "*batch"]
 
 @torch.no_grad()
 def vertices(cloud: Clouds, tolerance: float = 1e-3) -> Bool[Tensor, "*batch n"]:
-    """Which tokens are the vertices of the cloud's convex hull: as few as have all others within `tolerance` of their own hull.
+    """Which tokens are the vertices of the cloud's convex hull: enough for all others to be within `tolerance` of their hull.
 
     In any dimension of the hull, a point (one vertex) and a segment (two) included; tokens that have come together count once.
-    Taken one after the other, each the farthest from the hull of those before it, so that none is but an extreme point.
+    Taken one after the other, each the farthest from the hull of those before it, so that none is but an extreme point. For a
+    tolerance that is not small fewer might do: the choice is greedy.
     Cost: a non-negative least squares (Lawson and Hanson's least distance) of d rows for each token and vertex.
     Source: math E.2; arXiv 2305.05465, theorem 3.1.
 

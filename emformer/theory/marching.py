@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from emformer.model import Emformer
@@ -16,6 +17,7 @@ from emformer.types import Cloud
 
 LONGEST = 2.0  # a collapsed cluster returns at rate 1 under softmax, and RK4 is stable up to 2.78 of its time
 SHORTEST = 1e-6
+ROUNDINGS = 16  # of a coordinate, that the two ways to halve a step may differ by
 
 
 class March(NamedTuple):
@@ -43,13 +45,14 @@ def march(
     should be so dense that an interval is either calm or not: ever farther apart, for what slows down.
 
     Args:
-        tolerance: of a coordinate of the cloud as it is (sqrt(d) times the direction), an interval; above rounding, 1e-13.
+        tolerance: of a coordinate of the cloud as it is (sqrt(d) times the direction), an interval; above its rounding, which is
+            taken as 16 times that of the largest coordinate: of one of 2, 7e-15, and 4e-6 in float32.
         step: the first h. longest: bounds h; an unstable step betrays itself by its half.
         tell: is given the share of intervals that are done.
 
     Raises:
-        ValueError: as `simulate`, and for a tolerance that is not positive. ArithmeticError: where the tolerance cannot be met
-            with steps of 1e-6, which is so too where the flow itself ends.
+        ValueError: as `simulate`, and for a tolerance that is not positive. ArithmeticError: where the tolerance cannot be met:
+            it is below rounding, or halving the step no longer helps, or steps of 1e-6 do not do, as where the flow itself ends.
 
     Cost: 1.5 times that of `simulate` at h/2, where h need not shrink.
     """
@@ -58,16 +61,19 @@ def march(
     schedule(times, step)  # refuses times that do not ascend
     steps, missed, closing = [], 0.0, None
     for k, (a, b) in enumerate(pairwise(times)):
+        rounding = ROUNDINGS * torch.finfo(x.dtype).eps * float(x.abs().max())
+        if tolerance < rounding:
+            raise ArithmeticError(f"at time {a:g} the cloud is rounded by {rounding:.1g}; allow more than {tolerance:g}")
         step = min(step, b - a)  # else half a step is the same whole interval, and agrees with it
-        coarse = _try(model, x, b - a, step)
+        coarse, miss = _try(model, x, b - a, step), math.inf
         while True:
-            fine, miss = _try(model, x, b - a, step / 2), math.inf
+            fine, last, miss = _try(model, x, b - a, step / 2), miss, math.inf
             if coarse is not None and fine is not None:
                 miss = float((fine.clouds[-1] - coarse.clouds[-1]).abs().max())
                 if miss <= tolerance:
                     break
             step, coarse = step / 2, fine
-            if step < SHORTEST:
+            if step < SHORTEST or last <= miss <= 64 * rounding:  # shorter steps would only round more often
                 raise ArithmeticError(f"steps of {step:g} still err by {miss:g} at time {a:g}; allow more than {tolerance:g}")
         missed += miss
         if miss <= tolerance / 64:
@@ -91,17 +97,18 @@ def crossing(trajectory: Trajectory, value: Callable[[Tensor], float], level: fl
     """
     if trajectory.prompts != 1 or trajectory.model is None:
         raise ValueError("a crossing is looked for in one prompt, of a trajectory with a model")
-    times, clouds = times_of(trajectory), trajectory.clouds
+    times, clouds, found = times_of(trajectory), trajectory.clouds, math.nan
     while True:
         above = [k for k, cloud in enumerate(clouds) if value(cloud[0]) >= level]
-        if not above:
-            return math.nan
+        if not above:  # what is followed again may end a hair below the state that was recorded at the level
+            return found
         k = above[0]
+        found = times[k]
         if k == 0:
-            return times[0]
+            return found
         start, width = times[k - 1], times[k] - times[k - 1]
         if width <= step / 1000:
-            return times[k]
+            return found
         inner = simulate(trajectory.model, clouds[k - 1], [width * j / 8 for j in range(9)], step=step)
         times, clouds = [start + time for time in times_of(inner)], inner.clouds
 

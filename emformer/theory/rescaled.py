@@ -11,7 +11,7 @@ from torch import Tensor
 from emformer.block import Block, Step
 from emformer.masks import visible
 from emformer.model import Emformer
-from emformer.theory.particles import STEP, TABLEAUS, Method, Real, Tell, schedule
+from emformer.theory.particles import STEP, Method, Real, Tell, integrate
 from emformer.trajectory import Trajectory
 from emformer.types import Cloud, Weights
 
@@ -56,31 +56,18 @@ def rescaled(
     attention = block.attention
     content = attention.matrices()[1][0]
     grow = _Growth(content)
-    nodes, weights = TABLEAUS[method]
 
-    def velocity(z: Tensor, time: float) -> Tensor:
+    def velocity(z: Tensor, time: float) -> tuple[Tensor, float]:
         u, v = attention.factors(z @ grow(time), i)
         mean = attention.kernel(u, v, z.unsqueeze(1), visible(attention.mask, i, len(i))).squeeze(1)
-        return (mean - z) @ content.mT
+        return (mean - z) @ content.mT, 0.0
 
-    steps, plan = [], schedule(times, step)
-    done, whole, time = 0, sum(count for _, count in plan), 0.0
-    for k, (size, count) in enumerate(plan):
-        before, start = z, time
-        for _ in range(count):
-            now, total = torch.zeros_like(z), torch.zeros_like(z)
-            for node, weight in zip(nodes, weights, strict=True):
-                now = velocity(z + node * size * now, time + node * size)
-                total = total + weight * now
-            z = z + size * total
-            done, time = done + 1, time + size
-            if tell is not None:
-                tell(done / whole)
-        time = float(times[k + 1])  # not the sum of its steps, which rounds
-        if not bool(z.isfinite().all()):
-            raise ArithmeticError(f"the cloud is no longer finite at time {time:g}; shorten the steps, or stop before")
-        steps.append(Step(k, "attn", before, before @ grow(start), None, (z - before) / (time - start), z))
-    return Trajectory(steps, model=model, closing=z @ grow(time), epsilon=[b - a for a, b in pairwise(times)])
+    steps, before = [], z
+    for k, (after, _) in enumerate(integrate(z, times, step, velocity, method, tell=tell)):
+        gap = times[k + 1] - times[k]
+        steps.append(Step(k, "attn", before, before @ grow(times[k]), None, (after - before) / gap, after))
+        before = after
+    return Trajectory(steps, model=model, closing=before @ grow(times[-1]), epsilon=[b - a for a, b in pairwise(times)])
 
 
 @torch.no_grad()
@@ -101,7 +88,7 @@ class _Growth:
         self.longest = GROWTH / fastest if fastest > 0 else torch.inf
         self._time, self._kept = 0.0, torch.eye(len(content), dtype=content.dtype, device=content.device)
 
-    def __call__(self, time: float) -> Tensor:
+    def __call__(self, time: Real) -> Tensor:
         time = min(time, self.longest)
         if time != self._time:  # two stages of RK4 share a time, as do a step's last and the next one's first
             self._time, self._kept = time, torch.linalg.matrix_exp(time * self.content)

@@ -122,7 +122,7 @@ def test_everything_can_be_observed(case, checkpoint):
     trajectory = emf.capture(model, tokens, labels=tokens % 3)
     ours = [one for one in defaults() if type(one).__module__.startswith("emformer.")]  # not those of other tests
     frame = emf.observe(trajectory, ours)
-    expected = {"flow", "clu", "geo", "breath", "attn", "fol", "sink", "spec", "op", "signal", "lens"}
+    expected = {"flow", "clu", "geo", "breath", "attn", "fol", "sink", "spec", "op", "signal", "lens", "gauss"}
     if case in ("gpt2", "bert"):  # positions that turn make no matrix
         expected.add("wgf")
     assert set(frame["key"].str.split(".").str[0]) == expected

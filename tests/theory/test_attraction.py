@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
 from emformer.parts import UserError
-from emformer.theory.experiments.ascent import Ascent
+from emformer.theory.experiments.ascent import Ascent, Climb, _down
 from emformer.theory.experiments.circle import Circle, polygon_rate
 from emformer.theory.experiments.equiangular import Equiangular
 from emformer.theory.experiments.sphere import Sphere, in_hemisphere
@@ -63,6 +64,52 @@ def test_shares_of_the_theorem():
     assert len(theorem) == 6 and all(s.held for s in theorem)
     seen = setting._repulsion()
     assert seen[0].held and seen[1].measured > 0.1
+
+
+def test_what_a_seed_draws_is_independent():
+    """Operators, tokens and lengths of 200 seeds, number by number: all correlations are those of chance."""
+    draws = [Ascent()._draw(seed) for seed in range(200)]
+    drawn = torch.stack(
+        [
+            torch.cat(
+                [one.matrices["general"].flatten(), one.other.flatten(), one.x[0, :8].flatten(), one.lengths.log().flatten()]
+            )
+            for one in draws
+        ]
+    )
+    correlations = torch.corrcoef(drawn.mT).fill_diagonal_(0.0)
+    assert correlations.abs().max() < 6.5 / math.sqrt(200)  # of 21,000 pairs one in 5e5 chances passes
+    for one in draws:
+        assert (torch.nn.functional.normalize(one.matrices["general"], dim=-1) - one.x[0, :8]).abs().max() > 0.1
+
+
+def test_one_seed_is_one_run_whichever_comes_first():
+    """The second of seeds that begin at 0 is the first of those that begin at 1."""
+    runs = [Ascent(count=3, seed=first)._climb(1, 0.1, "general", "own") for first in (0, 1)]
+    assert torch.equal(runs[0].logs, runs[1].logs)
+    assert list(Ascent(seed=1, seeds=2)._seeds()) == [1, 2]
+
+
+def test_errors_are_between_seeds():
+    """Twice the same runs of each seed tell nothing more; the ratio of sums has the error of many repetitions."""
+
+    def run(*change: float) -> Climb:
+        return Climb(torch.tensor([0.0, *np.cumsum(change)], dtype=torch.float64), cast(Any, None))
+
+    up, half = run(1.0, 1.0, 1.0, 1.0), run(1.0, -1.0, 3.0, -1.0)
+    share, ratio = _down([[up], [half], [half]])
+    assert share.value == pytest.approx(1 / 3) and share.error == pytest.approx(np.std([0, 0.5, 0.5], ddof=1) / math.sqrt(3))
+    assert ratio.value == pytest.approx(4 / 16)
+    again = _down([[up, up], [half, half], [half, half]])
+    assert again[0] == pytest.approx(share) and again[1] == pytest.approx(ratio)
+    generator = np.random.default_rng(0)
+
+    def ratio_of_30() -> Any:
+        return _down([[run(*generator.normal(0.3, 1.0, 20) * generator.uniform(0.2, 2))] for _ in range(30)])[1]
+
+    found = [ratio_of_30() for _ in range(300)]
+    spread = np.std([one.value for one in found], ddof=1)
+    assert np.mean([one.error for one in found]) == pytest.approx(spread, rel=0.15)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from scipy.special import iv
@@ -15,7 +16,7 @@ from emformer.kernels import Softmax
 from emformer.masks import Full
 from emformer.parts import UserError
 from emformer.theory import idealised, simulate, unit_vectors
-from emformer.theory.experiments.causal import CausalClustering
+from emformer.theory.experiments.causal import CausalClustering, _by_content
 from emformer.theory.experiments.phase import Phase
 from emformer.theory.experiments.space import Space
 from emformer.theory.experiments.staircase import Staircase
@@ -84,6 +85,15 @@ def test_the_first_token_follows_the_exponential_of_its_content(told):
     assert own.measured < 1e-10 and top.measured < 1e-6 and own.n == 10
 
 
+def test_starts_with_one_content_are_not_independent(told):
+    """5 starts with each of 2 V are 2 numbers: with (0.2, 0.6) and (1, 1), means .4 and 1, their error is .3."""
+    shares = torch.tensor([[0.2, 0.6], [1.0, 1.0]], dtype=torch.float64)
+    assert _by_content(shares) == pytest.approx((0.7, 0.0, 2, 0.3))
+    assert _by_content(shares.repeat(1, 3)) == pytest.approx((0.7, 0.0, 2, 0.3))  # to repeat them tells nothing more
+    assert math.isnan(_by_content(shares[:1])[-1])
+    assert [one.n for one in statements(told, "causal", "V symmetric", "share")] == [2, 2]
+
+
 @pytest.mark.parametrize("name", ["space", "staircase", "phase"])
 def test_what_is_claimed_holds(told, name):
     for one in statements(told, name):
@@ -96,6 +106,17 @@ def test_nothing_that_is_claimed_is_left_out(told):
     """So many claims there are; `measured` ones beside."""
     claims = {name: sum(one.how != "measured" for one in statements(told, name)) for name in told}
     assert claims == {"causal": 5, "space": 14, "staircase": 8, "phase": 2}
+
+
+def test_the_error_of_an_exponent_is_between_starts():
+    """Counts whose exponent is 1/2 + small z of the start: the standard error of a mean, small sd(z)/sqrt(n)."""
+    seeds, small = 6, 1e-4
+    z = torch.randn(seeds, generator=torch.Generator().manual_seed(0), dtype=torch.float64).numpy()
+    betas = 2.0 ** np.arange(3, 8)
+    counts = betas[:, None] ** (0.5 + small * z)
+    (found, _) = Phase(seeds=seeds, dims=(2,))._exponent(2, "circle", betas, counts)
+    assert found.measured == pytest.approx(0.5 + small * z.mean(), abs=1e-7)
+    assert found.error == pytest.approx(small * z.std(ddof=1) / math.sqrt(seeds), rel=1e-2)
 
 
 def test_some_start_needs_more_than_one_plane(told):

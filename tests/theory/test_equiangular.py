@@ -11,7 +11,7 @@ import torch
 
 from emformer.kernels import Softmax, Unnormalised
 from emformer.theory.equiangular import cloud, crossing_time, layer_cosine, long_context, solve, speed
-from emformer.theory.experiments.equiangular import _decoded_cosine, cloud_in_float
+from emformer.theory.experiments.equiangular import Equiangular, _decoded_cosine, cloud_in_float
 from emformer.theory.particles import idealised, simulate
 
 N, D, BETA = 5, 8, 4.0
@@ -130,6 +130,20 @@ def test_long_context():
         ).update
         assert (cosines(made) - layer_cosine(count, 0.5, beta)).abs().max() < 1e-12
         assert _decoded_cosine(cloud_in_float(count, 0.5), beta) == pytest.approx(layer_cosine(count, 0.5, beta), abs=1e-5)
+
+
+def test_the_most_that_tokens_can_part():
+    """At rho = -1/(N - 1) they rest; under Pre-LN they grow meanwhile."""
+    for motion in ("sa", "usa", "preln"):
+        found = solve(motion, N, 1.0, -1 / (N - 1), [0, 1, 2])
+        np.testing.assert_allclose(found.gap, 1 + 1 / (N - 1), rtol=1e-12)
+        assert (found.radius[-1] > 1) == (motion == "preln")
+
+
+def test_one_run_is_counted_once_a_time():
+    """All pairs of equiangular tokens tell one number: n is of times, and not of pairs."""
+    setting = Equiangular(step=0.1)
+    assert setting._against_theory("sa", 0.5, [], {}).n == 21
 
 
 def test_mistakes():

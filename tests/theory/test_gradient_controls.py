@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from builders import model, only, told, words
+from builders import fill, model, only, told, words
 from scipy.stats import spearmanr, special_ortho_group
 from torch import Tensor
 
-from emformer import surgery
+from emformer import surgery, theory
 from emformer.block import Parallel
 from emformer.ffn import GELU
 from emformer.geometry import landscape
@@ -84,17 +84,32 @@ def test_the_corner_is_the_nearest_one():
 
 
 def test_shuffled_layers_are_those_of_the_surgery(seed):
-    """omega and R^2 of `surgery.shuffle` with the same seed, at the cloud of the model that was not shuffled."""
+    """omega and R^2 of `surgery.shuffle` with a seed for each prompt, at the cloud of the model that was not shuffled."""
     net = model(functional=Functional(), drift=Drift(), form=Dense(), content=LowRank(rank=4, groups=1))
     before = {name: value.clone() for name, value in net.state_dict().items()}
     seen = capture(net, words(6, batch=3))
-    found = told(GradientControls(prompts=3, probes=16, seed=seed), seen)
+    lots = [capture(net, part) for part in seen.tokens.split([1, 2])]
+    found = told(GradientControls(prompts=3, probes=16, seed=seed), lots)
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
-    other = Trajectory(seen.steps, model=surgery.shuffle(net, seed))
-    expected = told(GradientFlow(prompts=3, probes=16, seed=seed), other)
+    expected = []
+    for b, tokens in enumerate(seen.tokens.split(1)):
+        other = Trajectory(capture(net, tokens).steps, model=surgery.shuffle(net, seed + b))
+        expected.append(told(GradientFlow(prompts=1, probes=16, seed=seed + b), other))
     for key in ("omega", "r2"):
-        assert row(found, key, "shuffled").mean == pytest.approx(row(expected, key).mean, rel=1e-9)
+        values = [row(rows, key).mean for rows in expected]
+        assert len(set(values)) == 3 and row(found, key, "shuffled").mean == pytest.approx(sum(values) / 3, rel=1e-9)
         assert row(found, key, "shuffled").mean != row(told(GradientFlow(prompts=3, probes=16), seen), key).mean
+
+
+def test_the_error_of_the_shuffle_is_that_between_shuffles():
+    """Means over 6 prompts that are all one scatter between 16 seeds as their `se` says."""
+    source = torch.Generator().manual_seed(5)
+    form = torch.randn(1, 8, 8, generator=source, dtype=torch.float64)
+    net = theory.idealised(8, form + form.mT, form + form.mT)
+    seen = theory.simulate(net, theory.unit_vectors(1, 24, 8).expand(6, -1, -1), [0.0, 0.1])
+    rows = [row(told(GradientControls(prompts=6, probes=1, seed=100 * s), seen), "r2", "shuffled") for s in range(16)]
+    spread = torch.tensor([one.mean for one in rows]).std()
+    assert 0.5 < float(torch.tensor([one.se for one in rows]).mean() / spread) < 2
 
 
 def test_a_fingerprint_is_seen_against_the_shuffle():
@@ -116,6 +131,24 @@ def test_random_velocities_have_the_null():
         freedom = 6 * {RMSNorm: 7, LayerNorm: 6, type(None): 8}[type(norm)]
         assert r2.null == 1 / freedom and r2.mean == pytest.approx(1 / freedom, rel=0.35)
         assert row(rows, "viol", param).mean == pytest.approx(0.5, abs=0.12)
+        rows += told(GradientFlow(prompts=2, probes=1), seen)
+        falls = [one for one in rows if one.key in ("wgf.viol", "wgf.tv_ratio")]
+        assert len(falls) == 6 and all(one.null == (None if space else 0.5) for one in falls)
+
+
+def test_random_steps_are_as_long_as_the_model_s_and_others_in_every_layer():
+    """Of E = e^(-|x|^2) of one token in R^3: a step as long as x in a random direction lowers it in 3 of 4, for the cosine is
+    uniform (Archimedes), a short one in 2 of 4."""
+    net = theory.idealised(3, -1.0, 1.0, space="flat")
+    start = theory.unit_vectors(60, 1, 3)
+    for time, expected in ((math.log(2), 0.75), (math.log(1.5), 0.625)):  # x' = x
+        rows = told(GradientControls(prompts=60, probes=1), theory.simulate(net, start, [0.0, time]))
+        viol = row(rows, "viol", "random ambient")
+        assert viol.mean == pytest.approx(expected, abs=4 * (expected * (1 - expected) / 60 / 16) ** 0.5)
+    still = theory.simulate(theory.idealised(3, 1.0, 0.0), theory.unit_vectors(2, 4, 3), [0.0, 1.0, 2.0])
+    rows = told(GradientControls(prompts=2, probes=1), still)
+    first, second = (row(rows, "r2", "random", layer).mean for layer in (0, 1))
+    assert abs(first - second) > 1e-3 * first, "the same cloud and energy, up to the rounding of its radius"
 
 
 def test_who_has_no_field_has_no_rows_and_long_prompts_are_counted():
@@ -166,9 +199,53 @@ def test_nulls_of_likeness_are_those_of_random_eigenvectors():
     assert float(overlaps.std()) == pytest.approx(found.null_sd, rel=0.1)
     assert landscape.cosine(s, -2 * s).value == pytest.approx(-1) and landscape.overlap(s, s, 3).value == pytest.approx(1)
     assert landscape.overlap(s, -s, 3).value == pytest.approx(0, abs=1e-12)
-    assert landscape.overlap(s, other, 6).null_sd < 1e-15 and math.isnan(landscape.cosine(0 * s, s).value)
+    assert landscape.overlap(s, other, 6).value == pytest.approx(1) and landscape.overlap(s, other, 6).null_sd < 1e-15
+    assert math.isnan(landscape.cosine(0 * s, s).value)
     with pytest.raises(ValueError, match="0 directions of 6"):
         landscape.overlap(s, s, 0)
+
+
+def test_what_two_eigenvalues_share_is_no_direction():
+    """Exactly or up to the rounding of a turn: nan for the count that cuts through them, for either form; a number for others."""
+    torch.manual_seed(0)
+    turn = torch.from_numpy(special_ortho_group(6, seed=0).rvs(1))
+    some, tied = symmetric(6), turn @ torch.diag(torch.tensor([3.0, 2, 2, 2, 1, 0]).double()) @ turn.mT
+    for form in (tied, (tied + tied.mT).float(), torch.diag(torch.tensor([3.0, 2, 2, 2, 1, 0]))):
+        for count in range(1, 7):
+            for pair in ((form, some), (some, form)):
+                found = landscape.overlap(*pair, count)
+                assert math.isnan(found.value) == (count in (2, 3)) and found.null == count / 6
+    assert math.isnan(landscape.overlap(0 * some, some, 2).value)
+    rows = told(Landscape(directions=3), simulated_with(1.0))
+    overlap = row(rows, "form_overlap", "k=3", 1)
+    assert (overlap.mean, overlap.n_valid, overlap.n_dropped) == (None, 0, 1) and row(rows, "form_cos", layer=1).mean == 1
+
+
+def simulated_with(form: float) -> Trajectory:
+    return theory.simulate(theory.idealised(4, form), theory.unit_vectors(2, 5, 4), [0.0, 0.1, 0.2])
+
+
+def test_behind_layernorm_a_landscape_has_one_direction_less():
+    """Forms that fall in every direction but that of the mean, which no token has: it is no common summit; nulls of d - 1 = 7."""
+    torch.manual_seed(0)
+    net = model(form=LowRank(rank=8), norm=LayerNorm(gain=False), heads=1)
+    for k in range(2):
+        form = net.layer(k).attention.form
+        fill(form.right_factor, -form.left_factor)
+    seen = capture(net, words(6))
+    centre = torch.eye(8).double() - 1 / 8
+    forms = [centre @ net.layer(k).attention.form.matrix().detach()[0] @ centre for k in range(2)]
+    assert all(torch.linalg.eigvalsh(w)[-2] < -1e-6 for w in forms)
+    # the largest eigenvalue is the 0 of the mean; of the others the first three
+    first, second = (torch.linalg.eigh(w).eigenvectors[:, -4:-1] for w in forms)
+    squares = torch.linalg.svdvals(first.mT @ second).square()
+    rows = told(Landscape(directions=3), seen)
+    overlap, cosine = row(rows, "form_overlap", "k=3", 1), row(rows, "form_cos", layer=1)
+    assert overlap.mean == pytest.approx(float(squares.mean())) and overlap.null == 3 / 7
+    size = float(forms[0].norm() * forms[1].norm())
+    assert cosine.mean == pytest.approx(float((forms[0] * forms[1]).sum()) / size)
+    assert cosine.null == pytest.approx(float(forms[0].trace() * forms[1].trace()) / 7 / size)
+    assert row(told(Landscape(directions=99), seen), "form_overlap", "k=7", 1).mean == pytest.approx(1)
 
 
 def test_rows_between_layers():

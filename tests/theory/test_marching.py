@@ -13,6 +13,7 @@ from emformer.masks import Causal
 from emformer.theory import idealised, marching, simulate, unit_vectors
 from emformer.theory.ensembles import ensemble
 from emformer.theory.marching import crossing, march
+from emformer.trajectory import Trajectory
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -71,11 +72,57 @@ def test_what_cannot_be_met_is_said(monkeypatch):
     model, x = idealised(3), unit_vectors(1, 4, 3)
     monkeypatch.setattr(marching, "SHORTEST", 0.01)
     with pytest.raises(ArithmeticError, match="still err"):
+        march(idealised(3, content=5.0), x, [0.0, 0.2], tolerance=1e-14)
+    with pytest.raises(ArithmeticError, match="is rounded by 3e-15; allow more than 1e-16"):
         march(model, x, [0.0, 0.2], tolerance=1e-16)
     with pytest.raises(ValueError, match="tolerance"):
         march(model, x, [0.0, 1.0], tolerance=0.0)
     with pytest.raises(ValueError, match="ascend"):
         march(model, x, [0.0, 1.0, 0.5])
+
+
+def test_below_rounding_a_tolerance_is_refused():
+    model, x = idealised(3, dtype=torch.float32), unit_vectors(1, 5, 3, dtype=torch.float32)
+    with pytest.raises(ArithmeticError, match="at time 0 the cloud is rounded by"):
+        march(model, x, [0.0, 0.5, 1.0])
+    found = march(model, x, [0.0, 0.5, 1.0], tolerance=1e-5).trajectory
+    assert found.clouds[-1].dtype == torch.float32
+    with pytest.raises(ArithmeticError, match=r"at time 0\.5 the cloud is rounded by"):  # in R^d it grows
+        march(idealised(3, content=4.0, dtype=torch.float32, space="flat"), x, [0.0, 0.5, 0.6], tolerance=4e-6)
+
+
+def test_what_halving_does_not_improve_is_given_up(monkeypatch):
+    """Steps whose rounding is above the tolerance, and does not fall: a few are tried, and not all down to 1e-6."""
+    generator, tried = torch.Generator().manual_seed(0), []
+
+    def rounded(model, x, times, step):
+        tried.append(step)
+        found = simulate(model, x, times, step=0.1)
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype)
+        return Trajectory([found.steps[0]._replace(after=found.clouds[-1] + 1e-13 * noise)], model=model)
+
+    monkeypatch.setattr(marching, "simulate", rounded)
+    with pytest.raises(ArithmeticError, match="still err"):
+        march(idealised(3), unit_vectors(1, 5, 3), [0.0, 0.1], tolerance=2e-14)
+    assert 3 <= len(tried) <= 8
+
+
+def test_misses_add_up():
+    """Of steps that neither grow nor shrink, interval by interval."""
+    model, x = idealised(3, kernel=Softmax(beta=4.0)), unit_vectors(1, 8, 3)
+    whole = march(model, x, [0.0, 0.5, 1.0, 2.0], step=0.1, longest=0.1, tolerance=1e-3)
+    alone = []
+    for before, gap in zip(whole.trajectory.clouds, whole.trajectory.epsilon, strict=False):
+        alone.append(march(model, before, [0.0, gap], step=0.1, longest=0.1, tolerance=1e-3).miss)
+    assert min(alone) > 0 and whole.miss == pytest.approx(sum(alone), rel=1e-6)
+
+
+def test_a_state_at_the_level_has_reached_it():
+    """Following the flow again with other steps ends a hair below or above the state that was recorded."""
+    model, x = idealised(2, kernel=Softmax(beta=4.0)), torch.eye(2, dtype=torch.float64).unsqueeze(0)
+    found, _ = march(model, x, [0.0, 1.0, 2.0, 4.0, 6.0, 8.0], tolerance=1e-3)
+    for time, cloud in zip((1.0, 2.0, 4.0, 6.0, 8.0), found.clouds[1:], strict=True):
+        assert crossing(found, cosine, cosine(cloud[0])) == pytest.approx(time, abs=0.02)
 
 
 @pytest.mark.parametrize("beta", [1.0, 3.0])
@@ -107,3 +154,9 @@ def test_an_ensemble_may_march():
     forms, x = 4 * torch.eye(3, dtype=torch.float64).expand(2, 3, 3), unit_vectors(2, 6, 3)
     plain, marched = (ensemble(forms, x, [0.0, 0.5, 1.5], step=0.05, tolerance=some) for some in (None, 1e-8))
     assert (plain[1].clouds[-1] - marched[1].clouds[-1]).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_each_cloud_needs_a_form(count):
+    with pytest.raises(ValueError, match=f"there are {count} forms for 2 clouds"):
+        ensemble(draw(count, 3, 3), unit_vectors(2, 5, 3), [0.0, 0.5])

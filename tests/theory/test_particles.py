@@ -380,6 +380,12 @@ def test_mistakes():
         sweep(idealised(D, kernel=Hardmax()), x, [1.0], [0, 1])
     with pytest.raises(ValueError, match="simulate one beta at a time"):
         sweep(idealised(D, kernel=SinkSoftmax()), x, [1.0], [0, 1])
+    for space in ("sphere", "preln"):  # not in R^d, where 0 is a place like any other
+        at_zero = torch.cat([x[:, 1:], 0 * x[:, :1]], 1)
+        for run in (lambda one, y: simulate(one, y, [0, 1]), lambda one, y: sweep(one, y, [1.0, 2.0], [0, 1])):
+            with pytest.raises(ValueError, match="a token has no direction"):
+                run(idealised(D, space=space), at_zero)
+    assert simulate(idealised(D, space="flat"), at_zero, [0, 1]).clouds[-1].isfinite().all()
     with pytest.raises(ArithmeticError, match="no longer finite at time 100"):
         simulate(idealised(D, content=50.0, space="flat"), x, [0, 50, 100, 200], step=0.5, method="euler")
 
@@ -395,3 +401,12 @@ def test_settings_in_place_of_matrices():
     form, content = idealised(4, theirs, given).layer(0).attention.matrices()
     torch.testing.assert_close(form, theirs / 4, rtol=1e-14, atol=0)  # on the sphere of radius sqrt(d)
     torch.testing.assert_close(content, given * torch.eye(4).double().expand(2, 4, 4), rtol=1e-14, atol=0)
+
+
+def test_what_does_not_fit_the_model_is_refused():
+    with pytest.raises(ValueError, match=r"'flatt' is no space; choose one of sphere, flat"):
+        idealised(3, space="flatt")
+    with pytest.raises(ValueError, match=r"dimension 3 in torch\.float64, and the cloud of 4"):
+        simulate(idealised(3), unit_vectors(1, 5, 4), [0.0, 1.0])
+    with pytest.raises(ValueError, match=r"cloud of 3 in torch\.float32"):
+        sweep(idealised(3), unit_vectors(1, 5, 3, dtype=torch.float32), [1.0], [0.0, 1.0])

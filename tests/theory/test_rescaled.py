@@ -1,6 +1,7 @@
 """Rescaled tokens z = e^{-tV} x: against the tokens themselves, closed forms, and an integrator that is not ours."""
 
 import math
+import sys
 from itertools import pairwise
 
 import numpy as np
@@ -13,9 +14,10 @@ from torch import Tensor
 from emformer.kernels import L2, Softmax
 from emformer.masks import Causal, Full
 from emformer.theory import idealised, simulate, unit_vectors
-from emformer.theory import rescaled as module
 from emformer.theory.limits import support
 from emformer.theory.rescaled import patterns, rescaled
+
+module = sys.modules[rescaled.__module__]  # the package has a function of this name
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

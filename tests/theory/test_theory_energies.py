@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.special import ive
 from torch import Tensor
 
 import emformer as emf
@@ -101,14 +102,32 @@ def test_the_uniform_law(dim, beta):
     assert float(energies.mean()) == pytest.approx(expected, abs=5 * float(energies.std()) / math.sqrt(20))
 
 
+@pytest.mark.parametrize(
+    ("dim", "beta", "known"),
+    [(300, 1.0, 0.3684930814117113), (512, 1.0, 0.3682388732306889), (4096, 64.0, 2.64407587412025e-28), (4096, 1000.0, 0.0)],
+)
+def test_the_uniform_law_in_many_dimensions(dim, beta, known):
+    """Where Gamma, the power or the Bessel function leave floating point: by mpmath, 50 digits of e^-beta 0F1(d/2, beta^2/4)."""
+    assert uniform_energy(dim, beta) == pytest.approx(known, rel=1e-11, abs=1e-300)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 5, 12])
+def test_the_uniform_law_when_it_is_cold(dim):
+    """Against the Bessel function that is scaled, where it is in range."""
+    for beta in (1e-6, 1.0, 30.0, 1000.0):
+        factor = math.exp(math.lgamma(dim / 2) + (dim / 2 - 1) * math.log(2 / beta))
+        assert uniform_energy(dim, beta) == pytest.approx(factor * ive(dim / 2 - 1, beta), rel=1e-11)
+
+
 def test_the_uniform_law_of_nothing():
-    for dim, beta in ((1, 1.0), (3, 0.0), (3, -1.0), (3, math.nan)):
+    for dim, beta in ((1, 1.0), (3, 0.0), (3, -1.0), (3, math.nan), (3, math.inf)):
         with pytest.raises(ValueError, match="has an energy for dim >= 2 and beta > 0"):
             uniform_energy(dim, beta)
 
 
 def psd(seed: int, dim: int) -> Tensor:
-    q = torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """From a stream that no cloud is from."""
+    q = torch.randn(dim, dim, generator=torch.Generator().manual_seed(1000 + seed), dtype=torch.float64)
     return q @ q.mT / dim
 
 
@@ -144,7 +163,7 @@ def test_with_any_mobility(seed, step):
     """J18 on unit vectors: c_i of each token at each step; then the instrument sees M = F = -I fall, and not for short steps."""
     m, beta = psd(seed, 8), 1.0
     theta = unit_vectors(1, 16, 8, seed)
-    generator, logs = torch.Generator().manual_seed(seed), []
+    generator, logs = torch.Generator().manual_seed(2000 + seed), []
     model = idealised(8, m, m, Softmax(beta=beta), space="preln")
     for _ in range(40):
         logs.append(log_energy(theta, m[None], beta)[0, 0])

@@ -132,7 +132,8 @@ class CausalClustering(parts.Experiment):
     def _general(self, tell: Callable[[float], None]) -> tuple[list[Statement], list[tuple[str, str, float, float]]]:
         """Symmetric V."""
         times = _spaced(self.content_time)
-        rows, own, top, follow, axis = [], [], [], [], []
+        rows, own, top = [], [], []
+        follow, axis = torch.zeros(2, self.contents, self.seeds, dtype=torch.float64)
         for k in range(self.contents):
             half = torch.randn(3, 3, generator=torch.Generator().manual_seed(self.seed + 2000 + k), dtype=torch.float64) / 2
             content = half + half.mT
@@ -147,12 +148,12 @@ class CausalClustering(parts.Experiment):
                 path = [float(torch.minimum(toward(cloud, phi), toward(cloud, -phi))) for cloud in first]
                 top.append(path[-1])
                 rest = toward(one.clouds[-1][:, 1:], first[-1][:, 0])
-                follow.append((rest < 1e-6).double().mean())
-                axis.append((torch.minimum(rest, 2 - rest) < 1e-6).double().mean())
+                follow[k, start] = (rest < 1e-6).double().mean()
+                axis[k, start] = (torch.minimum(rest, 2 - rest) < 1e-6).double().mean()
                 if start == 0:
                     rows += [("other V", f"V {k}", t, max(y, FLOOR)) for t, y in zip(times, path, strict=True) if t > 0]
         n = len(own)
-        shares = [(float(one.mean()), 0.0, n, float(one.std()) / n**0.5) for one in (torch.stack(follow), torch.stack(axis))]
+        shares = [_by_content(one) for one in (follow, axis)]
         return [
             Statement(
                 "V symmetric: 1 - cos of the first token with e^{tV} x_1(0), its own (Oja) flow; largest",
@@ -175,6 +176,13 @@ class CausalClustering(parts.Experiment):
             Statement("V symmetric: share of the others that end where the first does", "math E.1", "equals", 1.0, *shares[0]),
             Statement("V symmetric: share that end there or at its opposite", "math E.1", "measured", math.nan, *shares[1]),
         ], rows
+
+
+def _by_content(shares: Tensor) -> tuple[float, float, int, float]:
+    """Mean, tolerance 0, n and standard error of (V, starts): starts with one V are alike, so that n is the number of V."""
+    means = shares.mean(1)
+    n = len(means)
+    return float(means.mean()), 0.0, n, float(means.std()) / n**0.5 if n > 1 else math.nan
 
 
 def _spaced(time: float) -> list[float]:

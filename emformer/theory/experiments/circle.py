@@ -13,6 +13,7 @@ import torch
 
 from emformer import parts
 from emformer.geometry.clusters import components, mean_cosine
+from emformer.geometry.lines import line
 from emformer.parts import UserError
 from emformer.theory.outcome import Curves, Outcome, Statement
 from emformer.theory.particles import idealised, simulate, times_of, unit_vectors
@@ -110,9 +111,10 @@ class Circle(parts.Experiment):
         times = np.linspace(0, 2 / abs(rate), 21).tolist()
         trajectory = simulate(idealised(2, beta), x, times, step=min(self.step, 0.05))
         sizes = _pushes(trajectory)
-        measured = float(np.polyfit(times_of(trajectory), np.log(sizes), 1)[0])
-        line = f"beta {beta:g}"
-        rows += [("a pushed triangle", line, time, float(size / 1e-6)) for time, size in zip(times, sizes, strict=True)]
+        measured = line(np.array(times_of(trajectory)), np.log(sizes)).slope
+        rows += [
+            ("a pushed triangle", f"beta {beta:g}", time, float(size / 1e-6)) for time, size in zip(times, sizes, strict=True)
+        ]
         claim = f"beta {beta:g}: three tokens at 120 degrees, pushed, {'return' if rate < 0 else 'leave'} at the rate"
         return Statement(claim, SOURCE, "equals", rate, measured, 1e-4 * abs(rate))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from emformer import parts
 from emformer.attention import Memory
+from emformer.geometry.lines import line
 from emformer.kernels import Softmax, Unnormalised
 from emformer.parts import UserError
 from emformer.theory.equiangular import (
@@ -122,7 +123,7 @@ class Equiangular(parts.Experiment):
             rows.append((panel, f"theory, {NAMES[motion]}", time, float(expected.gap[k])))
         kept[f"{motion} from {rho:g}"] = found
         claim = f"{NAMES[motion]} from rho {rho:g}: all cosines of the particles are those of the scalar equation, t <= 1"
-        return Statement(claim, SOURCE, "at most", 0.0, miss, 1e-8, gaps.size)
+        return Statement(claim, SOURCE, "at most", 0.0, miss, 1e-8, len(times))
 
     def _rate(self, motion: Motion) -> Statement:
         """Of particles that begin near each other, at gaps from 1e-3 down to 1e-9."""
@@ -132,7 +133,7 @@ class Equiangular(parts.Experiment):
         found = simulate(model, cloud(self.tokens, self.dim, 0.999), (pace * times).tolist(), step=pace * 0.02)
         gaps = np.array([_gaps(x).mean() for x in found.clouds])
         late = (gaps < 1e-4) & (gaps > 1e-9)
-        slope = -float(np.polyfit(times[late], np.log(gaps[late]), 1)[0])
+        slope = -line(times[late], np.log(gaps[late])).slope
         unit = "2 e^beta, here in units of e^beta" if motion == "usa" else "2"
         claim = f"{NAMES[motion]}: the gap closes at the rate {unit}"
         return Statement(claim, SOURCE, "equals", RATES[motion], slope, 2e-3, int(late.sum()))
@@ -149,7 +150,7 @@ class Equiangular(parts.Experiment):
                 gaps.append(float(_gaps(x).mean()))
             times, values = np.array(marks[1:]), np.array(gaps)
             late = times >= self.late[0]
-            power = -float(np.polyfit(np.log(times[late]), np.log(values[late]), 1)[0])
+            power = -line(np.log(times[late]), np.log(values[late])).slope
             claim = f"Pre-LN from rho {rho:g}, beta 1: the gap falls as t^-p for t in [{self.late[0]:g}, {self.late[1]:g}], p ="
             statements.append(Statement(claim, "math E.1", "equals", POWER, power, 0.02, int(late.sum())))
             solved = solve("preln", self.tokens, 1.0, rho, marks).gap[1:]

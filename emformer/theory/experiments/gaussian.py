@@ -191,10 +191,10 @@ def _collapsing(built: dict[str, Closure], followed: dict[str, list[Evolution]],
         found.append(Statement(claim, source, "equals", predicted, measured, tolerance, n))
 
     for name in ("zero", "a line"):
-        growth, ends = built[name].growth(), _ends(followed[name])
-        error = _miss(ends, closed_form(growth, starts, time), starts)
+        ends = _ends(followed[name])
+        error = _miss(ends, closed_form(built[name], starts, time), starts)
         add(f"{name}: Sigma(t) is (Sigma^-1 - tB)^-1 (largest relative error)", S3, 0.0, error, 1e-6)
-        left = _miss(ends, limit(growth, starts), starts)
+        left = _miss(ends, limit(built[name], starts), starts)
         add(f"{name}: it tends to (P Sigma^-1 P)^-1 on ker B, 0 elsewhere (largest relative distance)", S3, 0.0, left, 10 / time)
     expected = {
         "zero": (0, 0),
@@ -240,14 +240,13 @@ def _blowing_up(built: dict[str, Closure], followed: dict[str, list[Evolution]],
     radius = torch.hypot(x, y)
 
     name = "softmax, blow-up"
-    growth = built[name].growth()
     claim = "at 1/lambda_max(Sigma^1/2 B Sigma^1/2)"
-    add(f"{name}: {claim} (largest relative error)", S3, 0.0, late(name, blow_up(growth, starts), every), 1e-2, len(starts))
+    add(f"{name}: {claim} (largest relative error)", S3, 0.0, late(name, blow_up(built[name], starts), every), 1e-2, len(starts))
     ends = _ends(followed[name])
     add(f"{name}: Sigma/tr tends to rank one (largest least eigenvalue)", S3, 0.0, float(_thin(ends).max()), 1e-4, len(starts))
     values, vectors = torch.linalg.eigh(starts)
     root = vectors * values.sqrt().unsqueeze(-2) @ vectors.mT
-    top = (root @ torch.linalg.eigh(root @ growth @ root).eigenvectors[..., -1:]).squeeze(-1)
+    top = (root @ torch.linalg.eigh(root @ built[name].growth() @ root).eigenvectors[..., -1:]).squeeze(-1)
     aim = top.unsqueeze(-1) * top.unsqueeze(-2) / top.square().sum(-1)[:, None, None]
     away = float((_disk(ends) - _disk(aim))[:, :2].norm(dim=-1).max())
     add(

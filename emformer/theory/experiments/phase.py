@@ -13,6 +13,7 @@ from scipy.stats import t as student
 
 from emformer import parts
 from emformer.geometry.clusters import components, mean_cosine
+from emformer.geometry.lines import line
 from emformer.parts import UserError
 from emformer.theory.outcome import Chart, Curves, Heat, Outcome, Statement
 from emformer.theory.particles import idealised, sweep, times_of, unit_vectors
@@ -143,7 +144,7 @@ class Phase(parts.Experiment):
         log = np.log(betas[used])
 
         def fit(some: np.ndarray) -> float:
-            return float(np.polyfit(log, np.log(counts[used][:, some].mean(1)), 1)[0])
+            return line(log, np.log(counts[used][:, some].mean(1))).slope
 
         every = np.arange(self.seeds)
         slope = fit(every)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from emformer import parts
 from emformer.geometry.clusters import components, mean_cosine
+from emformer.geometry.lines import line
 from emformer.kernels import Softmax, Unnormalised
 from emformer.model import Emformer
 from emformer.parts import UserError
@@ -194,8 +195,8 @@ class Sphere(parts.Experiment):
 
     def _charts(self, uniform: Mapping, away: Trajectory) -> dict[str, Chart]:
         rows = []
-        lines = [(f"beta {beta:g}", beta, trajectory) for beta, trajectory in uniform.items()]
-        for line, beta, trajectory in [*lines, ("beta 1, content -I", 1.0, away)]:
+        named = [(f"beta {beta:g}", beta, trajectory) for beta, trajectory in uniform.items()]
+        for name, beta, trajectory in [*named, ("beta 1, content -I", 1.0, away)]:
             for time, cloud in zip(self._clock(beta, trajectory), trajectory.clouds, strict=True):
                 values = {
                     "mean cosine": mean_cosine(cloud).mean,
@@ -203,7 +204,7 @@ class Sphere(parts.Experiment):
                     f"clusters (cosine {ALIKE})": components(cloud, (ALIKE,)).count[:, 0].double(),
                 }
                 rows += [
-                    (panel, line, time, float(v.mean()), float(v.min()), float(v.max()))
+                    (panel, name, time, float(v.mean()), float(v.min()), float(v.max()))
                     for panel, v in values.items()
                     if time > 0
                 ]
@@ -247,4 +248,4 @@ def in_hemisphere(x: Tensor) -> bool:
 def _rate(times: np.ndarray, gap: np.ndarray) -> float:
     """-d log gap/dt where the gap is between 1e-3 and 1e-9; nan for fewer than three such states."""
     late = (gap < 1e-3) & (gap > 1e-9)
-    return float(-np.polyfit(times[late], np.log(gap[late]), 1)[0]) if late.sum() > 2 else math.nan
+    return -line(times[late], np.log(gap[late])).slope if late.sum() > 2 else math.nan

@@ -15,6 +15,7 @@ from torch import Tensor
 from emformer import parts
 from emformer.geometry.clusters import components
 from emformer.geometry.integrability import log_energy, relative_drop
+from emformer.geometry.lines import line
 from emformer.parts import UserError
 from emformer.theory.ensembles import ensemble
 from emformer.theory.equiangular import crossing_time
@@ -153,12 +154,13 @@ class Staircase(parts.Experiment):
         if n < 3:
             raise ArithmeticError(f"only {n} pairs of caps have met by {self.time:g}; choose smaller betas, or more time")
         b = np.array(known)
-        wait, wait_error = _slope(b, np.log(b * np.array(late)))
-        plain, plain_error = _slope(b, np.log(late))
-        fall, fall_error = _slope(b, np.array(early))
+        wait, wait_error, _ = line(b, np.log(b * np.array(late)))
+        plain, plain_error, _ = line(b, np.log(late))
+        fall, fall_error, _ = line(b, np.array(early))
         miss = max(abs(a / c - 1) for a, c in zip(late, law, strict=True))
+        contraction = "caps: slope of T1 in beta, the time to shrink by e^{-beta/2}: they contract at rate 1"
         statements = [
-            Statement("caps: slope of T1 in beta, radius e^{-beta/2}", SOURCE, "equals", 0.5, fall, 0.03, n, fall_error),
+            Statement(contraction, SOURCE, "equals", 0.5, fall, 0.03, n, fall_error),
             Statement("caps: slope of log(beta T2) in beta, right angle", SOURCE, "equals", 1.0, wait, 0.05, n, wait_error),
             Statement("caps: slope of log T2 alone", SOURCE, "measured", math.nan, plain, n=n, error=plain_error),
             Statement("caps: T2 against the two-token law, largest relative miss", SOURCE, "at most", 0.0, miss, 0.01, n),
@@ -263,11 +265,3 @@ def _cosine(cloud: Tensor) -> float:
 def _radius(cloud: Tensor) -> float:
     """The largest distance of a token from the mean of its cap, of two caps."""
     return max(float((half - half.mean(0)).norm(dim=-1).max()) for half in _halves(cloud))
-
-
-def _slope(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Of the least-squares line, and its standard error."""
-    middle = x - x.mean()
-    slope = float(middle @ y / (middle @ middle))
-    left = y - y.mean() - slope * middle
-    return slope, float(math.sqrt(left @ left / (len(x) - 2) / (middle @ middle)))
