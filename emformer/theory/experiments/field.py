@@ -18,7 +18,7 @@ from emformer.kernels import Sinkhorn, Softmax, Unnormalised
 from emformer.masks import Causal
 from emformer.observables.fields import Layer, layer
 from emformer.parts import UserError
-from emformer.theory.outcome import Curves, Outcome, Statement
+from emformer.theory.outcome import Curves, How, Outcome, Statement
 from emformer.theory.particles import idealised, simulate, unit_vectors
 from emformer.trajectory import Trajectory
 
@@ -260,9 +260,13 @@ def _number(
     values = told[name, space]
     spread = float(values.std())
     allowed = 2 * spread if tolerance is None else tolerance
+    # the table is of single draws: of some fields they differ so much that its number says little of the mean
+    how: How = "equals" if allowed <= predicted / 2 else "measured"
     claim = f"omega of ({name}), {about}{_place(space)}, mean"
+    if tolerance is None:
+        claim += f"; the table's one draw has {predicted:g}"
     error = spread / len(values) ** 0.5
-    return Statement(claim, SOURCE, "equals", predicted, float(values.mean()), allowed, len(values), error)
+    return Statement(claim, SOURCE, how, predicted, float(values.mean()), allowed, len(values), error)
 
 
 def _place(space: Space) -> str:
