@@ -85,7 +85,7 @@ class Phase(parts.Experiment):
             for k, (beta, one) in enumerate(found.items()):
                 for j, (time, cloud) in enumerate(zip(times_of(one), one.clouds, strict=True)):
                     number[k, j] = components(cloud, (self.together,)).count[:, 0].numpy()
-                    counts.append((panel, time, beta, number[k, j].mean()))
+                    counts.append((panel, time, beta, math.log2(number[k, j].mean())))
                     cosines.append((panel, time, beta, float(mean_cosine(cloud).mean.mean())))
             when = min(range(41), key=lambda j: abs(times[j] - self.early))
             statements += self._exponent(dim, panel, np.array(betas), number[:, when])
@@ -105,10 +105,11 @@ class Phase(parts.Experiment):
         charts: dict[str, Chart] = {
             "clusters": Heat(
                 pd.DataFrame(counts, columns=words),
-                f"Groups of tokens that a chain of cosines above {self.together:g} joins, the mean of {self.seeds} starts.",
+                f"Groups of tokens that a chain of cosines above {self.together:g} joins, the mean of {self.seeds} starts, as "
+                "doublings: 0 is one cluster, 3 are eight.",
                 "time",
                 "beta",
-                "clusters",
+                "log2 of clusters",
                 log_y=True,
             ),
             "cosine": Heat(
