@@ -6,7 +6,9 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--thorough", action="store_true", help="all of the 2,000 damaged files and of the traced variants, not a share of them"
+        "--thorough",
+        action="store_true",
+        help="all of the 2,000 damaged files, of the traced variants and of the objectives of two processes, not a share of them",
     )
 
 
