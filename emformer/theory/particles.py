@@ -355,9 +355,9 @@ def _velocity(block: Block, x: Tensor, pace: Any) -> Callable[[Tensor, float], t
 
 def _start(model: Emformer, x: Tensor) -> Tensor:
     """The cloud in the model's space."""
-    dim, kind = model.settings.dim, model.layer(0).attention.matrices()[0]
-    if x.shape[-1] != dim or x.dtype != kind.dtype:
-        raise ValueError(f"the model is of dimension {dim} in {kind.dtype}, and the cloud of {x.shape[-1]} in {x.dtype}")
+    dim, kind = model.settings.dim, model.embedding.weight.dtype
+    if x.shape[-1] != dim or x.dtype != kind:
+        raise ValueError(f"the model is of dimension {dim} in {kind}, and the cloud of {x.shape[-1]} in {x.dtype}")
     start = x if model.enter is None else model.enter(x)
     block = model.layer(0)
     read = start if block.read_attn is None else block.read_attn(start)
