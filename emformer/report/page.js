@@ -694,18 +694,19 @@
           return [band, trace];
         });
       });
-      const scale = (log, name) => {
+      const scale = (log, name, panel) => {
         if (!log) return {};
-        const known = finite(d.panels.flatMap(panel => panel.lines.flatMap(line => line[name]))).filter(value => value > 0);
+        const known = finite(panel.lines.flatMap(line => line[name])).filter(value => value > 0);
         const low = known.reduce((a, b) => Math.min(a, b), Infinity), high = known.reduce((a, b) => Math.max(a, b), 0), decades = known.length ? Math.log10(high / low) : 1;
         // plotly would write 2 and 5 where 20 and .5 are meant
         const within = decades < 1 ? [1, 1.5, 2, 3, 5, 7] : decades < 2.2 ? [1, 2, 5] : [1], first = Math.floor(Math.log10(low));
         const marks = known.length && decades <= 4 ? range(Math.ceil(decades) + 2).flatMap(k => within.map(one => one * 10 ** (first + k))).filter(one => one > low / 1.1 && one < high * 1.1) : [];
-        if (marks.length > 1) return { type: "log", tickvals: marks, ticktext: marks.map(one => number(one)) };
+        const ticks = marks.length > 1 || decades > 4 ? marks : range(5).map(k => low + k * (high - low) / 4);
+        if (known.length && decades <= 4 && high > low) return { type: "log", tickvals: ticks, ticktext: ticks.map(one => number(one)) };
         return { type: "log", exponentformat: decades > 4 ? "power" : "none", nticks: Math.min(8, Math.max(3, Math.floor(decades / 0.71))) };
       };
       const show = () => d.panels.forEach((panel, k) => draw(box.plot(`panel${k}`), traces[k].map(trace => ({ ...trace, visible: !off.has(trace.owner) })), {
-        ...titled(panel.title), xaxis: axis(shown(d.x), scale(d.log[0], "x")), yaxis: axis(shown(d.y), scale(d.log[1], "y")), uirevision: "zoomed",
+        ...titled(panel.title), xaxis: axis(shown(d.x), scale(d.log[0], "x", panel)), yaxis: axis(shown(d.y), scale(d.log[1], "y", panel)), uirevision: "zoomed",
       }));
       const marked = k => d.panels.some(panel => panel.lines.some(line => line.group === k && line.x.length <= 12));
       const glyph = k => (d.groups[k].theory ? "╌╌" : several || !marked(k) ? "━━" : `━${GLYPHS[k]}━`);
