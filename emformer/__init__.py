@@ -21,6 +21,7 @@ _HOME = {
     "compare": "comparison",
     "analyze": "studies",
     "perform": "studies.simulation",
+    "examine": "studies.examination",
     "load": "records",
     "export": "interop.export",
     "push": "interop.hub",

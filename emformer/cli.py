@@ -35,6 +35,7 @@ commands
   compare    what was recorded of several runs side by side, with intervals of the differences
   report     one HTML file of a run, an analysis, or several
   simulate   an idealised model, held against what theory says of it
+  study      a claim about trained models put to the test, with controls and a verdict
 
 first steps
   emformer fit -c configs/default.yaml --run runs/default
@@ -464,24 +465,74 @@ def _simulate(arguments: Sequence[str]) -> None:
     from emformer import recipes
 
     if not words or words[0] in ("-h", "--help"):
-        known = recipes.titles()
-        if options.modules:
-            known |= {name: one.title for name, one in recipes.experiments().items()}
-        width = max(map(len, known))
-        listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in known.items())
-        print(f"{parser.format_help()}\nexperiments\n{listed}")
-        sys.exit(0 if words else 2)
-    experiment = recipes.choose(words, parser.prog, also=own)
+        _menu(parser, recipes.EXPERIMENTS, "experiments", options.modules, bool(words))
+    experiment = recipes.EXPERIMENTS.choose(words, parser.prog, also=own)
     if options.observables and not options.observe:
         raise UserError("--observables and --no-observe exclude each other; choose one.")
     from emformer.listing import verdicts
-    from emformer.studies.simulation import OBSERVED, perform, read_note, read_statements
+    from emformer.studies.outputs import read_note
+    from emformer.studies.simulation import OBSERVED, perform, read_statements
 
     observables = (options.observables or OBSERVED) if options.observe else None
-    out = options.out or recipes.folder(words, experiment)
+    out = options.out or recipes.EXPERIMENTS.folder(words, experiment)
     folder = perform(experiment, out=out, observables=observables, overwrite=options.overwrite)
     note = textwrap.fill(read_note(folder), 120)
     print("\n\n".join(filter(None, (experiment.title, verdicts(read_statements(folder)), note, f"wrote {folder}"))))
+
+
+def _study(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer study",
+        usage="%(prog)s NAME|FILE.yaml MODEL [MODEL ...] [-c FILE] [--FIELD VALUE] [options]",
+        description="Put claims about trained models to the test, and write a folder: verdicts with their intervals and nulls, "
+        "charts as numbers, pictures and one HTML page. A MODEL is a run, a checkpoint, a folder of somebody's model, a name on "
+        "the hub, or a glob in quotes. One model gives verdicts about that model; six or more that differ by their seed give "
+        "verdicts about models trained like them. emformer study NAME --help explains the fields of a study, --print_config "
+        "shows what they amount to. In Python: emformer.examine.",
+        epilog="examples:  emformer study sinks runs/default  |  emformer study fragility 'studies/position/cells/*' --prompts 256",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--text", metavar="FILE", help="a text file or glob (default: each model's own validation text)")
+    parser.add_argument("--corpus", metavar="NAME", help="a corpus by name, as Grammar or PythonDocs")
+    parser.add_argument("--out", metavar="DIR", help="the folder (default: studies/NAME-MODEL)")
+    parser.add_argument("--prompts", type=_positive, default=None, help="prompts shown to each model (default: the study's)")
+    parser.add_argument("--length", type=_positive, default=None, help="tokens of a prompt (default: the study's)")
+    parser.add_argument("--which", default="last", help="checkpoint of a run: last, best or a step (default: last)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the prompts and of what is drawn (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where models run (default: auto)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder, if it holds a study and nothing else")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts and studies")
+    own = {option for action in parser._actions for option in action.option_strings}
+    options, words = parser.parse_known_args(arguments)
+    _import(options.modules)
+    from emformer import recipes
+
+    if not words or words[0] in ("-h", "--help"):
+        _menu(parser, recipes.STUDIES, "studies", options.modules, bool(words))
+    count = next((k for k, word in enumerate(words[1:], 1) if word.startswith("-")), len(words))
+    study = recipes.STUDIES.choose([words[0], *words[count:]], parser.prog, also=own)
+    if count < 2:
+        raise UserError(f"no model is named; as {parser.prog} {words[0]} runs/default.")
+    from emformer.listing import claims
+    from emformer.studies.examination import examine, read_verdicts
+    from emformer.studies.outputs import read_note
+
+    given = {name: value for name, value in vars(options).items() if name != "modules"}
+    folder = examine(study, words[1:count], **given)
+    note = "\n".join(textwrap.fill(line, 120) for line in read_note(folder).splitlines())
+    print("\n\n".join(filter(None, (study.title, claims(read_verdicts(folder)), note, f"wrote {folder}"))))
+
+
+def _menu(parser: argparse.ArgumentParser, menu: Any, what: str, modules: Sequence[str], asked: bool) -> NoReturn:
+    """The help of a command that takes a name, with all the names there are."""
+    known = menu.titles()
+    if modules:
+        known |= {name: one.title for name, one in menu.all().items()}
+    width = max(map(len, known))
+    listed = "\n".join(f"  {name:<{width}}  {title}" for name, title in known.items())
+    print(f"{parser.format_help()}\n{what}\n{listed}")
+    sys.exit(0 if asked else 2)
 
 
 def _recorded(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -561,6 +612,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "report": _report,
     "simulate": _simulate,
+    "study": _study,
 }
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from emformer.intervals import Interval
 from emformer.observables.frame import Key
 from emformer.parts import UserError
 from emformer.theory.outcome import Statement
+from emformer.verdicts import Verdict
 
 STEPS = 8  # columns of a table by step
 UNDEFINED = ".undefined"  # see `emformer.observables.Moments`
@@ -128,6 +130,29 @@ def verdict(statement: Statement) -> str:
     if statement.held is None:
         return "told" if statement.how == "measured" else "undefined"
     return "held" if statement.held else "NOT held"
+
+
+def claims(verdicts: Sequence[Verdict]) -> str:
+    """Of each claim: the verdict, the number with its interval, the range that is claimed, the null, and what it says."""
+    table = [["", "measured", "95 % interval", "claimed", "null", "n", "claim"]]
+    for one in verdicts:
+        null = short(one.null, 3) + (f" ({one.against})" if one.against else "")
+        n = f"{one.measured.n:,} {one.measured.of}"
+        told = [one.word, short(one.measured.value, 4), interval(one.measured), claimed(one), null, n]
+        table.append([*told, f"{one.claim} ({one.source})" + (f": {one.reason}" if one.reason else "")])
+    return "\n".join(_aligned(table, "<>><<<<"))
+
+
+def interval(one: Interval) -> str:
+    """As "[1.2, 3.4]"; undefined is a dash."""
+    return "–" if math.isnan(one.low) else f"[{short(one.low + 0.0, 3)}, {short(one.high + 0.0, 3)}]"
+
+
+def claimed(one: Verdict) -> str:
+    """The range that a claim names, as "≥ 0"."""
+    if math.isinf(one.least) or math.isinf(one.most):
+        return f"≤ {short(one.most, 3)}" if math.isinf(one.least) else f"≥ {short(one.least, 3)}"
+    return f"{short(one.least, 3)} … {short(one.most, 3)}"
 
 
 def _against(row: Mapping[Hashable, Any]) -> list[str]:

@@ -264,6 +264,24 @@ class Experiment(Part):
         what is being done, now and then."""
 
 
+class Study(Part):
+    """Setting of a study of trained models: claims that are held against what is measured on them, with controls.
+
+    `name`: the word that `emformer study` knows it by. `title`: what it asks, in one line. `prompts`, `length`: how many prompts
+    of how many tokens it wants, unless the caller says otherwise; a model of shorter context gets shorter ones.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    prompts: ClassVar[int] = 64
+    length: ClassVar[int] = 64
+
+    @abstractmethod
+    def run(self, subjects: Sequence[Any], tell: Callable[[float, str], None]) -> Any:
+        """Study the `emformer.studies.subjects.Subject`s, one or several models that differ by their seed, and return the
+        `emformer.verdicts.Findings`. `tell` is given the share done, in [0, 1], and a word on what is being done, now and then."""
+
+
 class Cadence(Part):
     """When to record."""
 

@@ -107,7 +107,7 @@ def test_no_key_is_misspelt_or_said_twice(config: Path, capsys: pytest.CaptureFi
 
 
 def test_every_experiment_has_a_configuration():
-    assert set(recipes.titles()) <= {strictly(config)["experiment"] for config in EXPERIMENTS}
+    assert set(recipes.EXPERIMENTS.titles()) <= {strictly(config)["experiment"] for config in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("config", EXPERIMENTS, ids=name)
@@ -120,8 +120,10 @@ def test_an_experiment_is_set_out_in_full(config: Path):
     told = " ".join(above).lower()
     assert "math" in told and "expected" in told and re.search(r"\d+ (s|seconds|minutes?)\b", told)
     said = strictly(config)
-    experiment = recipes.read_recipe(config)
-    assert said == recipes.plain(experiment) and list(said) == list(recipes.plain(experiment)), "every field, in its order"
+    experiment = recipes.EXPERIMENTS.read(config)
+    assert said == recipes.EXPERIMENTS.plain(experiment) and list(said) == list(recipes.EXPERIMENTS.plain(experiment)), (
+        "every field, in its order"
+    )
     for line in lines[len(above) + 1 :]:
         assert re.match(r"\w+: [^#]+# .{3,}", line), line
 

@@ -120,10 +120,10 @@ def run_shell(command: str, folder: Path) -> None:
             words += [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
         if "simulate" in words[1:2] and "--help" not in words:
             asked = [word for word in words[2:] if word not in ("--out", "--overwrite") and not word.startswith("simulations/")]
-            small = type(recipes.choose(asked)).examples()[0]
+            small = type(recipes.EXPERIMENTS.choose(asked)).examples()[0]
             words += [
                 word
-                for name, value in recipes.plain(small).items()
+                for name, value in recipes.EXPERIMENTS.plain(small).items()
                 for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value))
             ]
             # the many small steps of a simulation are ten times as fast without the checks of types that tests have
@@ -193,7 +193,7 @@ def test_its_table_has_every_experiment():
         row[0]: set(re.findall(r"`([\w./-]+)`", row[2]))
         for row in re.findall(r"^\| ([\w-]+) \| (.+) \| (.+) \|$", table, re.MULTILINE)
     }
-    there: dict[str, set[str]] = {name: set() for name in recipes.titles()}
+    there: dict[str, set[str]] = {name: set() for name in recipes.EXPERIMENTS.titles()}
     for path in (ROOT / "configs" / "theory").glob("*.yaml"):
         there[read_yaml(path)["experiment"]].add(f"theory/{path.name}")
     assert told == there

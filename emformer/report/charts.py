@@ -19,13 +19,14 @@ from emformer.figures.grids import limits
 from emformer.figures.layout import seeded
 from emformer.figures.panels import Grid, Line, Way, arced, grids, grouped, kept, lines, lost, pace, ranks, solid, ways
 from emformer.files import replaced
-from emformer.listing import short, verdict
+from emformer.listing import claimed, interval, short, verdict
 from emformer.parts import UserError
 from emformer.report.packing import packed, spread
 from emformer.report.page import page, require_plotly
 from emformer.report.section import Section
 from emformer.report.text import escaped, fact_list, isolated
 from emformer.theory.outcome import Chart, Curves, Heat, Outcome, Paths, Statement
+from emformer.verdicts import Findings, Verdict
 
 # What the data of all charts may come to, in bytes, so that the page stays below 6 MB beside plotly's 4.8; and bytes a number.
 BUDGET = 950_000
@@ -36,11 +37,12 @@ CELLS = 30_000  # of the grids of a chart
 LINES = 300  # of a chart
 SHORTEST = 40  # points of a line, before lines are left out
 WORDS = {"equals": "{}", "at most": "at most {}", "at least": "at least {}", "measured": "–"}
+VERDICTS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
 MARKS = {"held": "✓", "NOT held": "✗", "told": "·", "undefined": "?"}
 
 
-def write(outcome: Outcome, path: str | Path, *, title: str, facts: Mapping[str, str]) -> Path:
-    """Write the page of an outcome, and return its path.
+def write(outcome: Outcome | Findings, path: str | Path, *, title: str, facts: Mapping[str, str]) -> Path:
+    """Write the page of an outcome or of findings, and return its path.
 
     One HTML file of at most 6 MB, 4.8 of them plotly; nothing in it is loaded from anywhere, and all text in it is shown as text.
     On top the statements with their verdicts; then every chart: lines that can be switched, grids whose values can be read,
@@ -57,7 +59,7 @@ def write(outcome: Outcome, path: str | Path, *, title: str, facts: Mapping[str,
     """
     path = Path(path)
     require_plotly()
-    sections = [_statements(outcome)]
+    sections = [_verdicts(outcome) if isinstance(outcome, Findings) else _statements(outcome)]
     shares = _shares([_need(chart) for chart in outcome.charts.values()])
     charts = zip(outcome.charts.items(), shares, strict=True)
     sections += [_section(f"chart{k}", name, chart, share) for k, ((name, chart), share) in enumerate(charts)]
@@ -70,16 +72,49 @@ def write(outcome: Outcome, path: str | Path, *, title: str, facts: Mapping[str,
     return path
 
 
+def _note(text: str) -> str:
+    return "".join(f"<p class=note>{escaped(part)}</p>" for part in text.split("\n") if part.strip())
+
+
+def _head(names: Sequence[tuple[str, bool]]) -> str:
+    return "".join(f"<th scope=col{' class=number' if number else ''}>{name}</th>" for name, number in names)
+
+
+def _verdicts(found: Findings) -> Section:
+    counted = Counter(one.word for one in found.verdicts)
+    words = [f"{counted[word]} {word}" for word in VERDICTS if counted[word]]
+    columns = [("verdict", False), ("claim", False), ("source", False), ("measured", True), ("95 % interval", True)]
+    head = _head([*columns, ("claimed", True), ("null", True), ("n", True)])
+    rows = "".join(map(_verdict_row, found.verdicts))
+    told = (
+        f"<p>{len(found.verdicts)} claims: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in the "
+        "claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or the "
+        f"control that is named would give.</p>{_note(found.note)}"
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    return Section("verdicts", "Verdicts", before=f"{told}<div class=wide>{table}</div>", plots=())
+
+
+def _verdict_row(one: Verdict) -> str:
+    kind = {"supported": "held", "refuted": "not", "undecided": "undefined"}[one.word]
+    small = "; ".join(filter(None, (one.quantity, one.reason)))
+    null = short(one.null, 3) + (f" <small>{escaped(one.against)}</small>" if one.against else "")
+    cells = (short(one.measured.value + 0.0, 4), interval(one.measured), claimed(one))
+    return (
+        f'<tr class="{kind}"><td class=verdict><span aria-hidden=true>{VERDICTS[one.word]}</span> {one.word}</td>'
+        f"<th scope=row>{isolated(one.claim)}<br><small>{isolated(small)}</small></th><td>{isolated(one.source)}</td>"
+        + "".join(f"<td class=number>{escaped(cell)}</td>" for cell in cells)
+        + f"<td class=number>{null}</td><td class=number>{one.measured.n:,} {escaped(one.measured.of)}</td></tr>"
+    )
+
+
 def _statements(outcome: Outcome) -> Section:
-    note = "".join(f"<p class=note>{escaped(part)}</p>" for part in outcome.note.split("\n") if part.strip())
+    note = _note(outcome.note)
     if not outcome.statements:
         return Section("statements", "Statements", before=f"<p>Nothing was claimed.</p>{note}", plots=())
     found = Counter(map(verdict, outcome.statements))
     words = [f"{found[word]} {word.replace('NOT', 'not')}" for word in MARKS if found[word]]
-    head = "".join(
-        f"<th scope=col{kind}>{name}</th>"
-        for name, kind in (("claim", ""), ("source", ""), *((name, " class=number") for name in ("predicted", "measured", "n")))
-    )
+    head = _head([("claim", False), ("source", False), ("predicted", True), ("measured", True), ("n", True)])
     rows = "".join(map(_row, outcome.statements))
     told = (
         f"<p>{len(outcome.statements)} statements: {', '.join(words)}. Of what is predicted, the tolerance is in brackets; of "

@@ -74,7 +74,7 @@ class Probe(Sample):
 
     def __init__(self, prompts: Prompts):
         self.count, self.length = prompts.tokens.shape
-        self.identity, self.names, self._prompts = prompts.identity, prompts.names, prompts
+        self.identity, self.names, self.labels, self._prompts = prompts.identity, prompts.names, prompts.labels, prompts
 
     def take(self, start: int, stop: int) -> Lot:
         one, some = self._prompts, slice(start, stop)

@@ -16,8 +16,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -36,6 +35,7 @@ from emformer.recordings import Recordings
 from emformer.records import Run
 from emformer.report import charts as page
 from emformer.studies.looks import WHO_SEES, named
+from emformer.studies.outputs import check_free, save, unwritable
 from emformer.studies.progress import sharing
 from emformer.theory import times_of
 from emformer.theory.outcome import How, Outcome, Statement
@@ -75,32 +75,18 @@ def perform(
         UserError: for a folder that is taken, and for settings with which the simulation cannot be carried through.
     """
     if isinstance(experiment, str):
-        experiment = recipes.choose([experiment])
-    folder = Path(out) if out is not None else recipes.folder((), experiment)
-    _check_free(folder, overwrite)
-    with _unwritable(folder):  # which shall be known before anything is simulated
+        experiment = recipes.EXPERIMENTS.choose([experiment])
+    folder = Path(out) if out is not None else recipes.EXPERIMENTS.folder((), experiment)
+    check_free(folder, overwrite, WRITTEN, "statements.csv", "simulation")
+    with unwritable(folder):  # which shall be known before anything is simulated
         tempfile.TemporaryDirectory(dir=next(one for one in folder.resolve().parents if one.exists())).cleanup()
     wanted = [] if observables is None else _looks(observables)
     begun = time.monotonic()
     outcome = _run(experiment)
     seconds = time.monotonic() - begun
-    with _unwritable(folder), replaced_folder(folder) as partial:
+    with unwritable(folder), replaced_folder(folder) as partial:
         _write(partial, experiment, outcome, wanted, seconds)
     return folder
-
-
-@contextmanager
-def _unwritable(folder: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}; what was there before is as it was.") from error
-
-
-def read_note(folder: str | Path) -> str:
-    """What else is to be known of a simulation's claims; "" for nothing."""
-    path = Path(folder) / "note.txt"
-    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
 
 
 def read_statements(folder: str | Path) -> list[Statement]:
@@ -121,21 +107,6 @@ def _statement(row: Mapping[str, str]) -> Statement:
     return Statement(row["claim"], row["source"], how, predicted, measured, tolerance, int(row["n"]), error)
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
-    """Raise for a folder that is not empty, unless `overwrite`, and then for everything but a simulation alone."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder with --out.")
-    names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
-    if not names:
-        return
-    strange = next((name for name in names if name not in WRITTEN), None)
-    if strange is not None or "statements.csv" not in names:
-        what = f"holds {strange}, which is no part of a simulation" if strange else "holds no simulation"
-        raise UserError(f"{folder} {what}, so it is left as it is; name another folder with --out.")
-    if not overwrite:
-        raise UserError(f"{folder} holds a simulation already; replace it with --overwrite, or name another folder with --out.")
-
-
 def _run(experiment: parts.Experiment) -> Outcome:
     try:
         with sharing(experiment.name) as tell:
@@ -149,20 +120,20 @@ def _run(experiment: parts.Experiment) -> Outcome:
 
 
 def _write(folder: Path, experiment: parts.Experiment, outcome: Outcome, wanted: Sequence[Look], seconds: float) -> None:
-    (folder / "config.yaml").write_text(recipes.written(experiment), encoding="utf-8")
+    (folder / "config.yaml").write_text(recipes.EXPERIMENTS.written(experiment), encoding="utf-8")
     rows = [one._asdict() | {"held": one.held} for one in outcome.statements]
     for row in rows:
         if row["how"] == "measured":  # nothing is predicted, and so nothing allowed
             row |= {"predicted": math.nan, "tolerance": math.nan}
     if outcome.note:
         (folder / "note.txt").write_text(outcome.note + "\n", encoding="utf-8")
-    _save(pd.DataFrame(rows, columns=[*Statement._fields, "held"]), folder / "statements.csv")
+    save(pd.DataFrame(rows, columns=[*Statement._fields, "held"]), folder / "statements.csv")
     for name in ("charts", "figures"):
         (folder / name).mkdir()
     for name, chart in outcome.charts.items():
-        _save(chart.frame, folder / "charts" / f"{name}.csv")
+        save(chart.frame, folder / "charts" / f"{name}.csv")
         figures.save(drawing.draw(chart, experiment.title), folder / "figures" / f"{name}.png")
-    facts = {name: str(value) for name, value in recipes.plain(experiment).items()}
+    facts = {name: str(value) for name, value in recipes.EXPERIMENTS.plain(experiment).items()}
     try:
         page.write(outcome, folder / "simulation.html", title=experiment.title, facts=facts)
     except UserError as error:  # all else is there, and can be read without it
@@ -170,10 +141,6 @@ def _write(folder: Path, experiment: parts.Experiment, outcome: Outcome, wanted:
     if wanted:
         _observe(folder / "observed", outcome.trajectories, wanted)
     Run(folder).write_environment(0, experiment=experiment.name, seconds=round(seconds, 3))
-
-
-def _save(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_csv(path, index=False, lineterminator="\n")
 
 
 def _observe(folder: Path, trajectories: Mapping[str, Trajectory], wanted: Sequence[Look]) -> None:
@@ -190,7 +157,7 @@ def _observe(folder: Path, trajectories: Mapping[str, Trajectory], wanted: Seque
             recordings.append(0, measured.rows())
             recordings.close()
             states = [(state.layer, state.point, at) for state, at in zip(trajectory.states, times_of(trajectory), strict=True)]
-            _save(pd.DataFrame(states, columns=["layer", "point", "time"]), own / "times.csv")
+            save(pd.DataFrame(states, columns=["layer", "point", "time"]), own / "times.csv")
             skipped += measured.skipped
     for sentence in dict.fromkeys(skipped):
         tqdm.write(f"  {sentence}", file=sys.stderr)

@@ -136,7 +136,7 @@ def test_what_it_writes_is_what_was_found(swing, own: Path):
     """Every number of the tables is the one that the experiment gave, to the last bit."""
     assert swing("--tokens", "5").code == 0
     folder = own / "simulations/pendulum"
-    known = recipes.experiments()["pendulum"](tokens=5).run(lambda share, word: None)
+    known = recipes.EXPERIMENTS.all()["pendulum"](tokens=5).run(lambda share, word: None)
     read = simulation.read_statements(folder)
     for row, one in zip(read, known.statements, strict=True):
         for name, value in one._asdict().items():
@@ -189,12 +189,12 @@ def test_files_lie_on_top_of_each_other_and_words_on_top_of_them(emformer, own: 
     assert found == {"experiment": "pendulum", "tokens": 4, "times": [0.0, 2.0], "fault": "", "seed": 2}
     assert entries(own) == ["one.yaml", "two.yaml"]
     (own / "printed.yaml").write_text(yaml.safe_dump(found))
-    assert recipes.read_recipe(own / "printed.yaml") == recipes.read_recipe(own / "one.yaml", own / "two.yaml").__class__(
-        tokens=4, times=(0.0, 2.0), seed=2
-    )
+    assert recipes.EXPERIMENTS.read(own / "printed.yaml") == recipes.EXPERIMENTS.read(
+        own / "one.yaml", own / "two.yaml"
+    ).__class__(tokens=4, times=(0.0, 2.0), seed=2)
     assert emformer(*words, "--no-observe").code == 0  # the folder is called as the last file
     assert entries(own / "simulations") == ["two"] and "observed" not in entries(own / "simulations/two")
-    assert recipes.folder(["x/config.yaml"], recipes.read_recipe(own / "one.yaml")) == Path("simulations/x")
+    assert recipes.EXPERIMENTS.folder(["x/config.yaml"], recipes.EXPERIMENTS.read(own / "one.yaml")) == Path("simulations/x")
 
 
 def test_experiments_are_listed_and_explained(emformer, swing, own: Path):
@@ -202,7 +202,7 @@ def test_experiments_are_listed_and_explained(emformer, swing, own: Path):
     listed = emformer("simulate", "--help")
     assert listed.code == 0 and emformer("simulate").code == 2
     assert "pendulum" not in listed.out and "--overwrite" in listed.out
-    for name, cls in recipes.experiments().items():
+    for name, cls in recipes.EXPERIMENTS.all().items():
         if cls.__module__.startswith("emformer."):
             assert re.search(rf"^  {name} +{re.escape(cls.title)}$", listed.out, re.MULTILINE), name
     assert re.search(r"^  pendulum +tokens on", emformer("simulate", "--help", "--import", "own").out, re.MULTILINE)
@@ -328,12 +328,12 @@ def test_from_python(own: Path):
 
 def test_one_of_emformers_own(emformer, tmp_path: Path):
     """A real one, made tiny, and its records beside each other."""
-    small = recipes.experiments()["space"].examples()[0]
-    (tmp_path / "small.yaml").write_text(recipes.written(small))
+    small = recipes.EXPERIMENTS.all()["space"].examples()[0]
+    (tmp_path / "small.yaml").write_text(recipes.EXPERIMENTS.written(small))
     state = torch.get_rng_state()
     found = emformer("simulate", "space", "-c", tmp_path / "small.yaml", "--out", tmp_path / "out")
     assert found.code == 0 and found.out.endswith(f"wrote {tmp_path / 'out'}\n") and torch.equal(state, torch.get_rng_state())
-    assert recipes.read_recipe(tmp_path / "out/config.yaml") == small
+    assert recipes.EXPERIMENTS.read(tmp_path / "out/config.yaml") == small
     names = entries(tmp_path / "out/observed")
     assert len(names) >= 2
     compared = emformer("compare", *(tmp_path / "out/observed" / name for name in names), "--key", "clu.mean_cos")

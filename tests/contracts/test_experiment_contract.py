@@ -91,7 +91,7 @@ def found(cls: Any, apart: ProcessPoolExecutor) -> Found:
 def test_there_are_experiments():
     names = [cls.name for cls in EXPERIMENTS]
     assert {"sphere"} <= set(names) and len(names) == len(set(names)), names
-    assert recipes.titles() == {cls.name: cls.title for cls in sorted(EXPERIMENTS, key=lambda cls: cls.name)}
+    assert recipes.EXPERIMENTS.titles() == {cls.name: cls.title for cls in sorted(EXPERIMENTS, key=lambda cls: cls.name)}
 
 
 @each
@@ -112,13 +112,13 @@ def test_what_it_says_of_itself(cls):
 def test_it_is_plain_data_and_comes_back(cls, tmp_path):
     for one in (cls(), *cls.examples()):
         assert hash(one) == hash(dataclasses.replace(one))
-        content = yaml.safe_load(recipes.written(one))
-        assert content == recipes.plain(one) and list(content) == [
+        content = yaml.safe_load(recipes.EXPERIMENTS.written(one))
+        assert content == recipes.EXPERIMENTS.plain(one) and list(content) == [
             "experiment",
             *(field.name for field in dataclasses.fields(cls)),
         ]
-        (tmp_path / "recipe.yaml").write_text(recipes.written(one))
-        assert recipes.read_recipe(tmp_path / "recipe.yaml") == one
+        (tmp_path / "recipe.yaml").write_text(recipes.EXPERIMENTS.written(one))
+        assert recipes.EXPERIMENTS.read(tmp_path / "recipe.yaml") == one
 
 
 @each

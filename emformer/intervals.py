@@ -1,0 +1,154 @@
+"""Intervals by resampling: prompts of one model, or models that differ by their seed.
+
+A statistic of n independent units has the interval of its bootstrap distribution. Plain percentiles are too narrow for few units:
+they forget that a spread is estimated from n - 1 differences. Here they are taken further out, at the levels Phi(-+ sqrt(n/(n-1))
+t_{n-1}), so that for a mean of normal values they agree with Student's interval to first order (Hesterberg 2015, "What teachers
+should know about the bootstrap", section 4.1). The bootstrap cannot leave the range of what it draws from, and that range holds
+the middle with probability 1 - 2^(1-n): fewer than `FEWEST` = 6 units cannot support a claim at 95 %, and `enough` says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+LEVEL = 0.05
+RESAMPLES = 4000
+FEWEST = 6  # units: 1 - 2^(1-n) >= 1 - LEVEL
+STREAM = 5  # sets these random numbers apart from those of batches, probes and samples of the same seed
+CHUNK = 1 << 22  # numbers that resampling holds at once
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+class Interval(NamedTuple):
+    """`value` with its 95 % interval; `n` units "of" which it is ("prompts", "models", "seeds", "draws"). Undefined is nan."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    of: str
+
+    @property
+    def enough(self) -> bool:
+        """Whether so many units can hold an interval at 95 %, and there is one."""
+        return self.n >= FEWEST and math.isfinite(self.low) and math.isfinite(self.high)
+
+
+def first(means: np.ndarray) -> np.ndarray:
+    """The statistic of a plain mean: (R, 1) -> (R,)."""
+    return means[:, 0]
+
+
+def bootstrap(
+    values: np.ndarray,
+    statistic: Statistic = first,
+    *,
+    groups: np.ndarray | None = None,
+    of: str = "prompts",
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """The interval of statistic(mean of values over units). Cost: resamples * groups * k.
+
+    Args:
+        values: one unit a row: (n,), or (n, k) where the statistic reads the mean of several numbers. Rows with a value that is
+            not finite are left out, and not counted.
+        statistic: of means (R, k), vectorised: (R,). By default the mean itself.
+        groups: (n,) equal for units that are not independent (prompts that share text): they are drawn together, and `n` counts
+            groups.
+        seed: of the draws, which come from a generator of their own.
+
+    Returns:
+        nan where there are no units, and nan for the ends with one.
+    """
+    (interval,) = [_pooled([_cluster(values, groups)], statistic, seed, resamples)]
+    return Interval(*interval, of)
+
+
+def over_models(
+    values: Sequence[np.ndarray],
+    statistic: Statistic = first,
+    *,
+    groups: Sequence[np.ndarray] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Interval:
+    """The interval of a statistic of several models, each with prompts of its own.
+
+    From `FEWEST` models on they are the units: the statistic of each, and the bootstrap of their mean; the claim is about models
+    trained like these. Fewer stand for themselves only: prompts are drawn within each model, the statistic is averaged over the
+    models, and `n` counts the prompts of the model that has fewest.
+
+    Args:
+        values: of each model (n,) or (n, k), as in `bootstrap`.
+    """
+    clusters = [_cluster(one, None if groups is None else groups[k]) for k, one in enumerate(values)]
+    if len(clusters) >= FEWEST:
+        each = np.array([_value(one, statistic) for one in clusters])
+        return bootstrap(each, of="models", seed=seed, resamples=resamples)
+    return Interval(*_pooled(clusters, statistic, seed, resamples), "prompts")
+
+
+def percentiles(draws: np.ndarray, n: int) -> tuple[float, float]:
+    """The ends of the interval from bootstrap draws of a statistic of n units, at the widened levels. nan for n < 2."""
+    draws = draws[np.isfinite(draws)]
+    if n < 2 or not len(draws):
+        return math.nan, math.nan
+    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - LEVEL / 2, n - 1))
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return float(low), float(high)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class _Clusters(NamedTuple):
+    sums: np.ndarray  # (m, k) of the values in each group
+    counts: np.ndarray  # (m,)
+
+
+def _cluster(values: np.ndarray, groups: np.ndarray | None) -> _Clusters:
+    values = np.asarray(values, dtype=np.float64)
+    values = values[:, None] if values.ndim == 1 else values
+    known = np.isfinite(values).all(1)
+    values = values[known]
+    if groups is None:
+        return _Clusters(values, np.ones(len(values)))
+    _, where = np.unique(np.asarray(groups)[known], return_inverse=True)
+    count = int(where.max(initial=-1)) + 1
+    sums = np.zeros((count, values.shape[1]))
+    np.add.at(sums, where, values)
+    return _Clusters(sums, np.bincount(where, minlength=count).astype(np.float64))
+
+
+def _value(one: _Clusters, statistic: Statistic) -> float:
+    if not len(one.counts):
+        return math.nan
+    return float(statistic(one.sums.sum(0, keepdims=True) / one.counts.sum())[0])
+
+
+def _pooled(clusters: Sequence[_Clusters], statistic: Statistic, seed: int, resamples: int) -> tuple[float, float, float, int]:
+    """(value, low, high, n): the mean over models of a statistic of the means over their groups."""
+    n = min((len(one.counts) for one in clusters), default=0)
+    if n == 0:
+        return math.nan, math.nan, math.nan, 0
+    value = float(np.mean([_value(one, statistic) for one in clusters]))
+    if n == 1:
+        return value, math.nan, math.nan, 1
+    random = np.random.default_rng((STREAM, seed))
+    total = np.zeros(resamples)
+    for one in clusters:
+        many = len(one.counts)
+        at_once = max(1, CHUNK // many)
+        for start in range(0, resamples, at_once):
+            stop = min(start + at_once, resamples)
+            weights = random.multinomial(many, np.full(many, 1 / many), size=stop - start).astype(np.float64)
+            means = (weights @ one.sums) / (weights @ one.counts)[:, None]
+            total[start:stop] += statistic(means)
+    return value, *percentiles(total / len(clusters), n), n

@@ -1,0 +1,84 @@
+"""Is a token's last state the sum of its first and of every update it has received?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+
+from emformer import parts
+from emformer.geometry.spectra import wide
+from emformer.intervals import over_models
+from emformer.studies.subjects import Subject, Tell
+from emformer.theory.outcome import Curves
+from emformer.trajectory import Trajectory
+from emformer.verdicts import Findings, Verdict
+
+ROUNDING = 1e-5  # of a sum in float32, math J 13
+
+
+@dataclass(frozen=True)
+class Unrolled(parts.Study):
+    """x^L = x^0 + eps sum_l (D_attn^l + D_ffn^l), and what each term adds: math A and J 13, S0 "unrolling".
+
+    The identity is one of arithmetic wherever nothing reshapes the stream between two sublayers: it holds for random weights too.
+    It fails, and no sum of updates is the last state, where a norm after the sum or a retraction acts on the stream. Beside it,
+    how much the embedding that "is never overwritten" is worth at the end: its share <x^0, x^L>/|x^L|^2, mean over tokens.
+    """
+
+    name: ClassVar[str] = "unrolled"
+    title: ClassVar[str] = "is the last state the first one plus the sum of all updates?"
+
+    def run(self, subjects: Sequence[Subject], tell: Tell) -> Findings:
+        errors, shares, groups, lines = [], [], [], []
+        for k, subject in enumerate(subjects):
+            found = [_unrolled(one) for one in subject.trajectories()]
+            errors.append(np.concatenate([error for error, _ in found]))
+            each = np.concatenate([share for _, share in found])
+            shares.append(each[:, :1])
+            groups.append(subject.groups.numpy())
+            for step, share in enumerate(each.mean(0)):
+                lines.append(("share of |x^L|^2", subject.name, step, share))
+            tell((k + 1) / len(subjects), subject.name)
+        holds = over_models(errors, groups=groups, seed=subjects[0].seed)
+        kept = over_models(shares, groups=groups, seed=subjects[0].seed)
+        verdicts = [
+            Verdict(
+                "the last state is the first plus the sum of every update",
+                "S0 residual stream",
+                "|x^L - x^0 - eps sum D| / |x^L|, mean over tokens",
+                holds,
+                most=ROUNDING,
+                null=0.0,
+                against="arithmetic",
+            ),
+            Verdict(
+                "the initial embedding persists as a baseline",
+                "S0 residual stream",
+                "share <x^0, x^L>/|x^L|^2 of the embedding in the last state, mean over tokens",
+                kept,
+                least=0.0,
+                null=0.0,
+                against="a last state that has nothing of it",
+            ),
+        ]
+        frame = pd.DataFrame(lines, columns=["panel", "line", "x", "y"])
+        caption = "What each term of the sum adds to the last state: 0 is the embedding, then one step a sublayer. They sum to 1."
+        return Findings(verdicts, {"shares": Curves(frame, caption, "term", "share")})
+
+
+def _unrolled(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
+    """(relative error (B,), shares of the terms in x^L (B, S + 1)), means over tokens."""
+    states = trajectory.states
+    last = wide(states[-1].x)
+    terms = [wide(states[0].x)]
+    terms += [epsilon * wide(step.update) for step, epsilon in zip(trajectory.steps, trajectory.epsilon, strict=True)]
+    size = last.norm(dim=-1)
+    total = torch.stack(terms).sum(0)
+    error = ((last - total).norm(dim=-1) / size).mean(-1)
+    shares = torch.stack([((term * last).sum(-1) / size.square()).mean(-1) for term in terms], -1)
+    return error.cpu().numpy(), shares.cpu().numpy()
