@@ -489,7 +489,7 @@ def _study(arguments: Sequence[str]) -> None:
         "the hub, or a glob in quotes. One model gives verdicts about that model; six or more that differ by their seed give "
         "verdicts about models trained like them. emformer study NAME --help explains the fields of a study, --print_config "
         "shows what they amount to. In Python: emformer.examine.",
-        epilog="examples:  emformer study sinks runs/default  |  emformer study fragility 'studies/position/cells/*' --prompts 256",
+        epilog="examples:  emformer study sinks runs/default  |  emformer study fragility 'ablations/position/cells/*'",
         add_help=False,
         allow_abbrev=False,
     )

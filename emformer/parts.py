@@ -278,7 +278,7 @@ class Study(Part):
 
     @abstractmethod
     def run(self, subjects: Sequence[Any], tell: Callable[[float, str], None]) -> Any:
-        """Study the `emformer.studies.subjects.Subject`s, one or several models that differ by their seed, and return the
+        """Study the `emformer.studies.subjects.Subject`s, one model or several that differ by their seed, and return
         `emformer.verdicts.Findings`. `tell` is given the share done, in [0, 1], and a word on what is being done, now and then."""
 
 

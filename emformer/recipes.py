@@ -132,9 +132,7 @@ class Menu:
             exit_on_error=False,
         )
         parser.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file of fields; may be given several times")
-        parser.add_argument(
-            f"--{self.key}", type=str, default=cls.name, help="which it is: the word above, or this key of a file"
-        )
+        parser.add_argument(f"--{self.key}", type=str, default=cls.name, help="which it is: the word above, or a file's key")
         parser.add_class_arguments(cls, nested_key=None, as_group=False)
         vars(parser)["also"] = {word.lstrip("-") for word in also}
         return parser

@@ -37,7 +37,7 @@ CELLS = 30_000  # of the grids of a chart
 LINES = 300  # of a chart
 SHORTEST = 40  # points of a line, before lines are left out
 WORDS = {"equals": "{}", "at most": "at most {}", "at least": "at least {}", "measured": "–"}
-VERDICTS = {"supported": "✓", "refuted": "✗", "undecided": "?"}
+VERDICTS: dict[str, str] = {"supported": "✓", "refuted": "✗", "undecided": "?"}
 MARKS = {"held": "✓", "NOT held": "✗", "told": "·", "undefined": "?"}
 
 
@@ -81,14 +81,14 @@ def _head(names: Sequence[tuple[str, bool]]) -> str:
 
 
 def _verdicts(found: Findings) -> Section:
-    counted = Counter(one.word for one in found.verdicts)
+    counted = Counter(str(one.word) for one in found.verdicts)
     words = [f"{counted[word]} {word}" for word in VERDICTS if counted[word]]
     columns = [("verdict", False), ("claim", False), ("source", False), ("measured", True), ("95 % interval", True)]
     head = _head([*columns, ("claimed", True), ("null", True), ("n", True)])
     rows = "".join(map(_verdict_row, found.verdicts))
     told = (
-        f"<p>{len(found.verdicts)} claims: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in the "
-        "claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or the "
+        f"<p>{len(found.verdicts)} claims: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in "
+        "the claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or the "
         f"control that is named would give.</p>{_note(found.note)}"
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

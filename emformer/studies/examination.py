@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import yaml
@@ -87,11 +88,11 @@ def examine(
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}; choose at least {least}.")
     begun = time.monotonic()
-    shown = {"prompts": prompts or study.prompts, "length": length or study.length, "which": which, "seed": seed}
+    shown: dict[str, Any] = {"prompts": prompts or study.prompts, "length": length or study.length, "which": which, "seed": seed}
     found = subjects(sources, text=text, corpus=corpus, device=device, **shown)
     with sharing(study.name) as tell:
         findings = study.run(found, tell)
-    asked = {"models": [str(one) for one in sources], "text": None if text is None else str(text)}
+    asked: dict[str, Any] = {"models": [str(one) for one in sources], "text": None if text is None else str(text)}
     asked |= {"corpus": None if corpus is None else str(corpus), **shown}
     with unwritable(folder), replaced_folder(folder) as partial:
         _write(partial, study, asked, findings, time.monotonic() - begun)
