@@ -21,6 +21,8 @@ _HOME = {
     "compare": "comparison",
     "analyze": "studies",
     "perform": "studies.simulation",
+    "ablate": "studies.ablation",
+    "read_plan": "plans",
     "examine": "studies.examination",
     "load": "records",
     "export": "interop.export",

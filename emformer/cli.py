@@ -35,6 +35,7 @@ commands
   compare    what was recorded of several runs side by side, with intervals of the differences
   report     one HTML file of a run, an analysis, or several
   simulate   an idealised model, held against what theory says of it
+  ablate     many runs that differ by factors and seeds, and what the factors change
   study      a claim about trained models put to the test, with controls and a verdict
 
 first steps
@@ -480,6 +481,50 @@ def _simulate(arguments: Sequence[str]) -> None:
     print("\n\n".join(filter(None, (experiment.title, verdicts(read_statements(folder)), note, f"wrote {folder}"))))
 
 
+def _ablate(arguments: Sequence[str]) -> None:
+    parser = _Parser(
+        "emformer ablate",
+        usage="%(prog)s STUDY.yaml [--FIELD VALUE] [options]",
+        description="Run an ablation study: a base configuration, factors with levels, seeds. Each cell is a run folder in a "
+        "process of its own; cells of one seed see the same batches. Stopped or killed, the same command goes on. At the end a "
+        "tidy table, differences paired by seed with intervals and corrected for their number, and a report. --FIELD overrides "
+        "what the file says, as --seeds 3 or --engine.processes 4. In Python: emformer.ablate.",
+        epilog="examples:  emformer ablate configs/ablations/position.yaml  |  emformer ablate configs/ablations/norm.yaml "
+        "--engine Slurm --engine.partition gpu --dry-run",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", metavar="DIR", help="the folder (default: ablations/STUDY)")
+    parser.add_argument("--scale", metavar="NAME", help="another size of the study, which the file names")
+    parser.add_argument("--dry-run", action="store_true", help="show the cells and what would be run, and run nothing")
+    parser.add_argument("--no-report", dest="report", action="store_false", help="write no report.html")
+    parser.add_argument("--import", dest="modules", action="append", default=[], help="module of your own parts")
+    options, words = parser.parse_known_args(arguments)
+    _import(options.modules)
+    from emformer import plans
+
+    if not words or words[0] in ("-h", "--help"):
+        print(parser.format_help())
+        if words:
+            load_parts((plans.ENGINES,))
+            plans.plan_parser(parser.prog).print_help()
+        sys.exit(0 if words else 2)
+    if words[0].startswith("-"):
+        raise UserError(f"the study comes first: {parser.prog} STUDY.yaml {words[0]} …")
+    from pathlib import Path
+
+    from emformer.studies import ablation, results
+
+    file = Path(words[0])
+    plan = plans.read_plan(file, *words[1:], scale=options.scale)
+    folder = Path(options.out) if options.out else ablation.default(file, options.scale)
+    if options.dry_run:
+        print(ablation.preview(ablation.Study(folder, plan), options.modules))
+        return
+    ablation.ablate(plan, out=folder, report=options.report, modules=options.modules)
+    print(f"{plan.title}\n\n{results.summary(folder)}\n\nwrote {folder}")
+
+
 def _study(arguments: Sequence[str]) -> None:
     parser = _Parser(
         "emformer study",
@@ -612,6 +657,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "compare": _compare,
     "report": _report,
     "simulate": _simulate,
+    "ablate": _ablate,
     "study": _study,
 }
 

@@ -279,7 +279,20 @@ class Study(Part):
     @abstractmethod
     def run(self, subjects: Sequence[Any], tell: Callable[[float, str], None]) -> Any:
         """Study the `emformer.studies.subjects.Subject`s, one model or several that differ by their seed, and return
-        `emformer.verdicts.Findings`. `tell` is given the share done, in [0, 1], and a word on what is being done, now and then."""
+        `emformer.verdicts.Findings`. `tell` is given the share done, in [0, 1], and a word on what is being done."""
+
+
+class Engine(Part):
+    """Setting of what runs the cells of an ablation study, each in a process of its own."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Any], tell: Callable[[Any], None]) -> None:
+        """Run every `emformer.studies.jobs.Job`, and return when none is left. `tell` is given an `emformer.studies.jobs.Event`
+        for each that starts or ends, and now and then one that says nothing new. A job that fails does not stop the rest."""
+
+    @abstractmethod
+    def script(self, jobs: Sequence[Any]) -> str:
+        """What would be run, as text for people."""
 
 
 class Cadence(Part):

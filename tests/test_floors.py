@@ -18,6 +18,7 @@ FLOORS: Mapping[str, int] = {
     "settings": 0,
     "configuration": 0,
     "recipes": 0,
+    "plans": 0,
     "memory": 0,
     "files": 0,
     "intervals": 0,

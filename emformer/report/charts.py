@@ -88,8 +88,8 @@ def _verdicts(found: Findings) -> Section:
     rows = "".join(map(_verdict_row, found.verdicts))
     told = (
         f"<p>{len(found.verdicts)} claims: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in "
-        "the claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or the "
-        f"control that is named would give.</p>{_note(found.note)}"
+        "the claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or "
+        f"the control that is named would give.</p>{_note(found.note)}"
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return Section("verdicts", "Verdicts", before=f"{told}<div class=wide>{table}</div>", plots=())

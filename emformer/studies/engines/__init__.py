@@ -1,0 +1,1 @@
+"""What runs the cells of an ablation study, one engine a file."""
