@@ -12,31 +12,17 @@ environment.json   versions of what the numbers depend on
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from tqdm import tqdm
-
-from emformer import parts, plans
+from emformer import plans
 from emformer.parts import UserError
-from emformer.plans import Cell, Plan
-from emformer.records import Run, read_journal, write_atomically
+from emformer.plans import Plan
 from emformer.studies import search
-from emformer.studies.cell import alone
-from emformer.studies.engines.local import Local
-from emformer.studies.jobs import Event, Job
-from emformer.studies.progress import sharing
+from emformer.studies.cells import Study
 from emformer.studies.results import write_results
-from emformer.training.fit import read_text_visibly
 
 HOME = "ablations"
-LOOK_EVERY = 1.0  # seconds between two looks at how far cells have come
 
 
 def ablate(
@@ -100,142 +86,3 @@ def preview(study: Study, modules: Sequence[str] = ()) -> str:
 def default(file: Path, scale: str | None) -> Path:
     """ablations/NAME, or ablations/NAME-SCALE."""
     return Path(HOME) / (file.stem if scale is None else f"{file.stem}-{scale}")
-
-
-class Study:
-    """The folder of an ablation study.
-
-    Attributes:
-        path: the folder.
-        plan: what is varied and measured.
-        failed: {cell: why} of those that did not end well in this call.
-    """
-
-    def __init__(self, path: Path, plan: Plan):
-        self.path, self.plan, self.failed = path, plan, {}
-        self.engine = plan.engine if plan.engine is not None else Local()
-
-    def config(self, cell: str) -> Path:
-        return self.path / "configs" / f"{cell}.yaml"
-
-    def run_of(self, cell: str) -> Run:
-        return Run(self.path / "cells" / cell)
-
-    def done(self, cell: str) -> Path:
-        return self.path / "finished" / f"{cell}.json"
-
-    @property
-    def cells(self) -> list[dict[str, Any]]:
-        """{"name", "levels", "seed"} of every cell that was ever planned here, in their order."""
-        path = self.path / "cells.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} is damaged: {error}; restore it, or choose another --out folder.") from error
-
-    def begun(self) -> Any:
-        """A context in which this process alone works on the folder. Raises `UserError` where another does, or for a folder that
-        is no study."""
-        marker = self.path / "study.yaml"
-        if self.path.is_file() or (self.path.is_dir() and not marker.exists() and any(self.path.iterdir())):
-            raise UserError(f"{self.path} exists and is no ablation study; choose another --out folder.")
-        self.path.mkdir(parents=True, exist_ok=True)
-        return alone(self.path / ".lock", f"{self.path} is being worked on by another process; wait for it, or stop it.")
-
-    def run(self, cells: Sequence[Cell], modules: Sequence[str] = ()) -> None:
-        """Run these cells, but for those that are finished."""
-        self._write(cells)
-        jobs = [self.job(cell.name, modules) for cell in cells]
-        left = [job for job in jobs if not job.done.exists()]
-        if not left:
-            return
-        self._tokenise([cell for cell in cells if not self.done(cell.name).exists()])
-        total = {cell.name: cell.settings.training.max_steps for cell in cells}
-        with sharing(f"{len(cells)} cells") as tell:
-            self.engine.run(left, _Watch(self, total, tell).told)
-        for name, why in self.failed.items():
-            tqdm.write(f"cell {name} failed: {why}; its log is {self.path / 'logs' / f'{name}.txt'}", file=sys.stderr)
-
-    def job(self, cell: str, modules: Sequence[str] = ()) -> Job:
-        """What an engine is to do for a cell."""
-        imported = [word for module in modules for word in ("--import", module)]
-        command = (sys.executable, "-m", "emformer.studies.cell", str(self.path), cell, *imported)
-        return Job(cell, command, self.path / "logs" / f"{cell}.txt", self.done(cell))
-
-    def _write(self, cells: Sequence[Cell]) -> None:
-        """Plan, cells and their settings. Raises `UserError`, with nothing written, where a cell has other settings now."""
-        texts = {cell.name: yaml.safe_dump(parts.plain(cell.settings), sort_keys=False, allow_unicode=True) for cell in cells}
-        for name, text in texts.items():
-            path = self.config(name)
-            if path.exists() and path.read_text(encoding="utf-8") != text:
-                raise UserError(
-                    f"the cell {name} of {self.path} was begun with other settings; choose another --out, or remove that folder."
-                )
-        for part in ("configs", "cells", "logs", "finished"):
-            (self.path / part).mkdir(exist_ok=True)
-        for name, text in texts.items():
-            if not self.config(name).exists():
-                write_atomically(self.config(name), text)
-        told = {one["name"]: one for one in self.cells}
-        told |= {cell.name: {"name": cell.name, "levels": dict(cell.levels), "seed": cell.seed} for cell in cells}
-        write_atomically(self.path / "cells.json", json.dumps(list(told.values()), indent=1) + "\n")
-        write_atomically(self.path / "study.yaml", plans.written(self.plan))
-        Run(self.path).write_environment(0, cells=len(told))
-
-    def _tokenise(self, cells: Sequence[Cell]) -> None:
-        """Make every text that the cells read, once, so that no two of them do it at the same time."""
-        seen: list[Any] = []
-        for cell in cells:
-            if cell.settings.data not in seen:
-                seen.append(cell.settings.data)
-                read_text_visibly(cell.settings.data)
-
-
-class _Watch:
-    """Tells how far the cells of a study have come: steps of all of them, finished or not."""
-
-    def __init__(self, study: Study, total: Mapping[str, int], tell: Callable[[float, str], None]):
-        self._study, self._total, self._tell = study, total, tell
-        self._reached = {name: steps if study.done(name).exists() else 0 for name, steps in total.items()}
-        self._running: set[str] = set()
-        self._looked = 0.0
-
-    def told(self, event: Event) -> None:
-        if event.what == "started":
-            self._running.add(event.job)
-        elif event.what in ("finished", "failed"):
-            self._running.discard(event.job)
-            self._reached[event.job] = self._total[event.job]
-            if event.what == "failed":
-                self._study.failed[event.job] = event.why
-        now = time.monotonic()
-        if event.what == "waiting" and now - self._looked < LOOK_EVERY:
-            return
-        self._looked = now
-        for name in self._running:
-            self._reached[name] = min(self._total[name], _step(self._study.run_of(name).metrics))
-        ended = sum(self._study.done(name).exists() for name in self._total)
-        word = f"{ended} done" + (f", {len(self._study.failed)} failed" if self._study.failed else "")
-        self._tell(sum(self._reached.values()) / max(1, sum(self._total.values())), word)
-
-
-def _step(metrics: Path) -> int:
-    """The last step in the journal of a run that may be writing it; only its end is read."""
-    try:
-        with open(metrics, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().splitlines()
-        return max((int(json.loads(line).get("step") or 0) for line in lines[1:-1] if line.startswith(b"{")), default=0)
-    except (OSError, ValueError, AttributeError):
-        return 0
-
-
-def seconds(study: Study) -> float:
-    """What the finished cells took, in all."""
-    done = [study.done(one["name"]) for one in study.cells]
-    return sum(json.loads(one.read_text(encoding="utf-8"))["seconds"] for one in done if one.exists())
-
-
-def journal(run: Run) -> list[dict[str, Any]]:
-    """The rows of a cell's metrics; none where it has not begun."""
-    return list(read_journal(run.metrics)) if run.metrics.exists() else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,7 @@ from emformer.parts import UserError
 from emformer.plans import Measure
 from emformer.recordings import read_records
 from emformer.records import Run
-
-if TYPE_CHECKING:
-    from emformer.studies.ablation import Study
+from emformer.studies.cells import Study
 
 COLUMNS = ("outcome", "value", "se", "n", "step")  # after cell, the factors, seed and status
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from emformer.parts import UserError
-
-if TYPE_CHECKING:
-    from emformer.studies.ablation import Study
+from emformer.studies.cells import Study
 
 
 def run(study: Study, modules: Sequence[str] = ()) -> None:
