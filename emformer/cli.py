@@ -48,7 +48,8 @@ first steps
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit codes: 0, 2 for a mistake of the user (one sentence on stderr), 130 and 143 for signals."""
+    """Entry point. Exit codes: 0, 2 for a mistake of the user (one sentence on stderr), 130 and 143 for signals; 1 for a study
+    that has ended without some of its cells."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
         print(OVERVIEW, end="")
@@ -513,7 +514,7 @@ def _ablate(arguments: Sequence[str]) -> None:
         raise UserError(f"the study comes first: {parser.prog} STUDY.yaml {words[0]} …")
     from pathlib import Path
 
-    from emformer.studies import ablation, results
+    from emformer.studies import ablation, cells, results, search
 
     file = Path(words[0])
     plan = plans.read_plan(file, *words[1:], scale=options.scale)
@@ -523,6 +524,12 @@ def _ablate(arguments: Sequence[str]) -> None:
         return
     ablation.ablate(plan, out=folder, report=options.report, modules=options.modules)
     print(f"{plan.title}\n\n{results.summary(folder)}\n\nwrote {folder}")
+    if plan.search and (best := search.best(folder)):
+        print(best)
+    if lost := cells.failed(folder):
+        told = ", ".join(lost[:3]) + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+        print(f"emformer: {len(lost)} cells failed ({told}); the same command tries them again.", file=sys.stderr)
+        sys.exit(1)
 
 
 def _study(arguments: Sequence[str]) -> None:

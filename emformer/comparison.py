@@ -60,7 +60,7 @@ def compare(source: Iterable[Source] | pd.DataFrame, *, step: int | None = None)
         degrees = np.where(error > 0, squares.sum(0) ** 2 / (squares**2 / freedom).sum(0), np.inf)
         half = stats.t.ppf(1 - LEVEL / 2, degrees) * error
         p = np.where(error > 0, 2 * stats.t.sf(np.abs(difference) / error, degrees), np.nan)
-    found = rows.assign(difference=difference, low=difference - half, high=difference + half, p=p, q=_corrected(p))
+    found = rows.assign(difference=difference, low=difference - half, high=difference + half, p=p, q=false_discoveries(p))
     return found[list(COLUMNS)]
 
 
@@ -86,7 +86,8 @@ def _freedom(sd: np.ndarray, n: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(sd), n - 1, np.inf)
 
 
-def _corrected(p: np.ndarray) -> np.ndarray:
+def false_discoveries(p: np.ndarray) -> np.ndarray:
+    """p-values corrected for their rate of false discoveries (Benjamini and Hochberg 1995). What is nan is no test."""
     known, q = np.isfinite(p), np.full_like(p, np.nan)
     if known.any():
         q[known] = stats.false_discovery_control(p[known], method="bh")

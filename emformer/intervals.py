@@ -5,6 +5,16 @@ they forget that a spread is estimated from n - 1 differences. Here they are tak
 t_{n-1}), so that for a mean of normal values they agree with Student's interval to first order (Hesterberg 2015, "What teachers
 should know about the bootstrap", section 4.1). The bootstrap cannot leave the range of what it draws from, and that range holds
 the middle with probability 1 - 2^(1-n): fewer than `FEWEST` = 6 units cannot support a claim at 95 %, and `enough` says so.
+
+Measured share of intervals of a mean that hold the truth, of 20,000 samples (error .002):
+
+    units                               2    3    4    5    6    8   12   24     Student's:    6    8   12   24
+    normal values                     .50  .75  .87  .92 .934 .942 .948 .949                .950 .950 .950 .950
+    differences of two exponentials   .50  .75  .87  .92 .931 .936 .939 .944                .963 .960 .956 .954
+    exponential values                .46  .69  .82  .87 .890 .902 .912 .931                .886 .895 .904 .925
+    log-normal values                 .43  .65  .76  .81 .834 .845 .863 .888                .826 .833 .850 .877
+
+Differences of pairs that are exchangeable are symmetric, as on the second line, whatever the law of the pairs.
 """
 
 from __future__ import annotations
@@ -71,6 +81,25 @@ def bootstrap(
     return Interval(*interval, of)
 
 
+def bootstrap_each(values: np.ndarray, *, of: str = "prompts", seed: int = 0, resamples: int = RESAMPLES) -> list[Interval]:
+    """The interval of the mean of each column of `values` (n, k), as `bootstrap` gives it, but drawn once for all columns. What is
+    not finite is left out of its column, and not counted."""
+    values = np.asarray(values, dtype=np.float64)
+    known = np.isfinite(values)
+    counts = known.sum(0)
+    found = [Interval(math.nan, math.nan, math.nan, 0, of)] * values.shape[1]
+    for n in np.unique(counts[counts > 0]).tolist():
+        columns = np.flatnonzero(counts == n)
+        units = values.T[columns][known.T[columns]].reshape(len(columns), n)
+        ends = np.full((2, len(columns)), math.nan)
+        if n > 1:
+            draws = np.sort(units @ (_weights(n, resamples, np.random.default_rng((STREAM, seed))) / n).T, axis=1)
+            ends = np.quantile(draws, _levels(n), axis=1)
+        for k, value, low, high in zip(columns, units.mean(1), *ends, strict=True):
+            found[k] = Interval(float(value), float(low), float(high), n, of)
+    return found
+
+
 def over_models(
     values: Sequence[np.ndarray],
     statistic: Statistic = first,
@@ -100,12 +129,23 @@ def percentiles(draws: np.ndarray, n: int) -> tuple[float, float]:
     draws = draws[np.isfinite(draws)]
     if n < 2 or not len(draws):
         return math.nan, math.nan
-    tail = stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - LEVEL / 2, n - 1))
-    low, high = np.quantile(draws, [tail, 1 - tail])
+    low, high = np.quantile(draws, _levels(n))
     return float(low), float(high)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def _levels(n: int) -> tuple[float, float]:
+    """The levels of the two percentiles: the bootstrap's own variance is s^2 (n-1)/n over n, so the normal quantile that gives
+    Student's interval is sqrt(n/(n-1)) t_{n-1}."""
+    tail = float(stats.norm.cdf(-math.sqrt(n / (n - 1)) * stats.t.ppf(1 - LEVEL / 2, n - 1)))
+    return tail, 1 - tail
+
+
+def _weights(n: int, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """How often each of n units is drawn: (resamples, n)."""
+    return random.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
 class _Clusters(NamedTuple):
@@ -148,7 +188,7 @@ def _pooled(clusters: Sequence[_Clusters], statistic: Statistic, seed: int, resa
         at_once = max(1, CHUNK // many)
         for start in range(0, resamples, at_once):
             stop = min(start + at_once, resamples)
-            weights = random.multinomial(many, np.full(many, 1 / many), size=stop - start).astype(np.float64)
+            weights = _weights(many, stop - start, random)
             means = (weights @ one.sums) / (weights @ one.counts)[:, None]
             total[start:stop] += statistic(means)
     return value, *percentiles(total / len(clusters), n), n

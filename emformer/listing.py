@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from emformer.intervals import Interval
+from emformer.intervals import FEWEST, Interval
 from emformer.observables.frame import Key
 from emformer.parts import UserError
 from emformer.theory.outcome import Statement
@@ -141,6 +141,38 @@ def claims(verdicts: Sequence[Verdict]) -> str:
         told = [one.word, short(one.measured.value, 4), interval(one.measured), claimed(one), null, n]
         table.append([*told, f"{one.claim} ({one.source})" + (f": {one.reason}" if one.reason else "")])
     return "\n".join(_aligned(table, "<>><<<<"))
+
+
+def effects(found: pd.DataFrame) -> str:
+    """Of each row of `emformer.effects.effects`: the baseline's mean, the difference with its interval, its size, the corrected
+    p, from how many seeds, and what may be said; below it how to read that."""
+    table = [["outcome", "", "baseline", "difference", "95 % interval", "g", "p", "seeds", ""]]
+    for row in found.to_dict("records"):
+        size = [
+            short(row["of_baseline"], 4),
+            f"{row['difference']:+.3g}",
+            interval(Interval(row["difference"], row["low"], row["high"], 0, "seeds")),
+        ]
+        n = f"{row['n']}" + (f" of {row['planned']}" if row["n"] < row["planned"] else "")
+        table.append([row["outcome"], row["contrast"], *size, short(row["g"], 2), short(row["corrected"], 2), n, row["word"]])
+    tests, few = int(found["p"].notna().sum()), int((found["n"] < FEWEST).sum())
+    told = [
+        *_aligned(table, "<<>><>>><"),
+        "",
+        f"differences by seed; the interval is of one alone, p is corrected for all {tests} tests together (Holm), g is Hedges'",
+    ]
+    if few:
+        told.append(f"{few} of {len(found)} comparisons have too few seeds for a claim at 95 %, which takes {FEWEST}")
+    return "\n".join(told)
+
+
+def cells(found: pd.DataFrame, most: int = 12) -> str:
+    """The outcomes of the cells of a study, at most so many cells, the least of the first outcome first."""
+    names = list(found["outcome"].unique())
+    values = found.pivot(index="cell", columns="outcome", values="value")[names].sort_values(names[0], kind="stable")
+    rows = [[str(cell), *(short(value, 4) for value in line)] for cell, *line in values.head(most).itertuples()]
+    more = [f"and {len(values) - most} more"] if len(values) > most else []
+    return "\n".join([*_aligned([["", *names], *rows], "<" + ">" * len(names)), *more])
 
 
 def interval(one: Interval) -> str:

@@ -33,6 +33,7 @@ from emformer.settings import Settings
 
 PLACES = ("layer", "point", "head", "cloud", "param")  # of a record
 NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")  # of factors and levels, which name folders
+TAKEN = ("cell", "seed", "status", "outcome", "value", "se", "n", "step")  # columns of a study's table
 ENGINES = "studies.engines"
 
 
@@ -88,6 +89,7 @@ class Claim:
         source: who says so, as "S2 9.4".
         outcome: a name of `outcomes`.
         levels: {factor: level} of the cells; every factor that is not named is at its baseline.
+        minus: another outcome, taken off in each cell: the claim is then of `outcome - minus`.
         difference: false: of the outcome itself, not of its difference to the baseline.
         least: the smallest that is claimed, or null.
         most: the largest, or null.
@@ -96,6 +98,7 @@ class Claim:
     source: str
     outcome: str
     levels: dict[str, str] = field(default_factory=dict)
+    minus: str | None = None
     difference: bool = True
     least: float | None = None
     most: float | None = None
@@ -128,10 +131,12 @@ class Scale:
 
     Args:
         settings: on top of the plan's own settings, or files of them.
+        factors: {factor: {level: settings}} on top of those levels, where they hold sizes.
         seeds: how many; null for the plan's own.
     """
 
     settings: Any = field(default_factory=dict)
+    factors: dict[str, dict[str, Any]] = field(default_factory=dict)
     seeds: int | None = None
 
 
@@ -182,17 +187,27 @@ class Plan:
             for word in (name, *levels):
                 if not NAME.fullmatch(word):
                     raise UserError(f"'{word}' names a folder of cells: use letters, digits, spaces between, and . + - _ only.")
+            if name in TAKEN:
+                raise UserError(f"the factor '{name}' has the name of a column of the results; choose another name.")
             if len(levels) < 2:
                 raise UserError(f"the factor '{name}' has {len(levels)} level, and nothing to compare; give it at least two.")
         for kind, named in (("control", self.controls), ("claim", self.claims)):
+            if named and self.search:
+                raise UserError(f"a search has no levels that a {kind} could be of; leave out '{next(iter(named))}'.")
             for name, one in named.items():
-                if one.outcome not in self.outcomes:
-                    raise UserError(f"the {kind} '{name}' is of '{one.outcome}', which is none of {', '.join(self.outcomes)}.")
+                if one.least is None and one.most is None:
+                    raise UserError(f"the {kind} '{name}' says nothing: give least, most, or both.")
+                for outcome in (one.outcome, getattr(one, "minus", None)):
+                    if outcome is not None and outcome not in self.outcomes:
+                        raise UserError(f"the {kind} '{name}' is of '{outcome}', which is none of {', '.join(self.outcomes)}.")
                 for factor, level in one.levels.items():
                     if level not in self.factors.get(factor, {}):
                         raise UserError(f"the {kind} '{name}' names {factor}={level}, which this study has not.")
                 if self.whole(one.levels) not in self.combinations():
                     raise UserError(f"the {kind} '{name}' is of cells that the design '{self.design}' leaves out.")
+        for name, claim in self.claims.items():
+            if claim.difference and not self.baselines(self.whole(claim.levels)):
+                raise UserError(f"the claim '{name}' is of the baseline and nothing else; name levels, or difference: false.")
 
     def whole(self, levels: Mapping[str, str]) -> dict[str, str]:
         """The level of every factor: those named, and of the others the baseline."""
@@ -316,8 +331,14 @@ def _scaled(plan: Plan, scale: str | None, path: Path) -> Plan:
     if scale not in plan.scales:
         raise UserError(f"{path} has no scale '{scale}'; it has {', '.join(plan.scales) or 'none'}.")
     one = plan.scales[scale]
-    both = [*_listed(plan.settings), *_listed(one.settings)]
-    return replace(plan, settings=both, seeds=plan.seeds if one.seeds is None else one.seeds)
+    settings = [*_listed(plan.settings), *_listed(one.settings)]
+    factors = {name: dict(levels) for name, levels in plan.factors.items()}
+    for name, levels in one.factors.items():
+        for level, change in levels.items():
+            if level not in factors.get(name, {}):
+                raise UserError(f"the scale '{scale}' of {path} names {name}={level}, which this study has not.")
+            factors[name][level] = [*_listed(factors[name][level]), *_listed(change)]
+    return replace(plan, settings=settings, factors=factors, seeds=plan.seeds if one.seeds is None else one.seeds)
 
 
 def _listed(change: Any) -> list[Any]:

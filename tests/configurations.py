@@ -7,7 +7,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parents[1] / "configs"
 EXPERIMENTS = sorted((FOLDER / "theory").glob("*.yaml"))  # of `emformer simulate`
-CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - set(EXPERIMENTS))  # of `emformer fit`
+PLANS = sorted((FOLDER / "ablations").glob("*.yaml"))  # of `emformer ablate`; folders below hold what they share
+OTHERS = {*EXPERIMENTS, *(FOLDER / "ablations").rglob("*.yaml")}
+CONFIGS = sorted(set(FOLDER.rglob("*.yaml")) - OTHERS)  # of `emformer fit`
 
 
 def name(config: Path) -> str:

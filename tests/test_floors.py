@@ -49,6 +49,7 @@ FLOORS: Mapping[str, int] = {
     "recordings": 5,
     "listing": 5,
     "comparison": 5,
+    "effects": 5,
     "studies": 6,
     "evaluation": 6,
     "report": 6,

@@ -7,6 +7,8 @@ use what an earlier one made. What is shrunken, and nothing else is:
 * `emformer fit` gets two steps, two rows a batch, a few validation windows and prompts (`SHORT`), after its own options;
 * `python train/…` gets the options in `SCRIPTS`, after its own; FILE is a small text;
 * `emformer simulate` gets the fields of the experiment's small example, after its own options;
+* `emformer ablate` gets one seed, cells as short as those runs (`CELLS`), and trains them in this process;
+* `emformer study` gets six prompts of 16 tokens;
 * every other `emformer` command and every Python block is run as it stands.
 
 Other commands, and fences of another language, fail: whoever writes one says here what becomes of it.
@@ -21,13 +23,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import pytest
 
-from emformer import cli, recipes
+from emformer import cli, parts, plans, recipes
 from emformer.configuration import read_yaml
+from emformer.studies.cell import run as train_cell
+from emformer.studies.jobs import Event, Job
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -43,9 +49,28 @@ SHORT = {
     "training.strategy": "auto",
     "probe.prompts": 40,
 }
+CELLS = [
+    "--seeds=1",
+    "--settings="
+    + json.dumps(
+        {
+            "training": {name.removeprefix("training."): value for name, value in SHORT.items() if name.startswith("training.")},
+            "model": {"dim": 32, "context": 32},
+            "probe": {"prompts": 8},
+            "callbacks": [
+                {
+                    "class_path": "ObservableCallback",
+                    "init_args": {"observables": [{"class_path": "Energy"}], "cadence": {"class_path": "AtEnd"}, "prompts": 8},
+                }
+            ],
+        }
+    ),
+]
 SCRIPTS = {
+    "train/ablate.py": CELLS,
     "train/analyze.py": ["--tokens", "1500"],
     "train/compare.py": ["--steps", "2", "--every", "2", "--seeds", "1"],
+    "train/obstructions.py": ["--shown", "shown"],
     "train/simulate.py": ["--time", "2"],
     "train/variants.py": ["lowrank", "sinkhorn", "--steps", "2", "--rounds", "2"],
 }
@@ -84,6 +109,30 @@ def commands(block: Block) -> list[str]:
     return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
+class Here(parts.Engine):
+    """The cells of a study in this process: what is shown is what they are, not how they are started."""
+
+    def run(self, jobs: Sequence[Job], tell: Callable[[Event], None]) -> None:
+        for job in jobs:
+            train_cell(Path(job.command[3]), job.name)
+            tell(Event("finished", job.name))
+
+    def script(self, jobs: Sequence[Job]) -> str:
+        return "\n".join(job.name for job in jobs)
+
+
+def shown(folder: Path) -> None:
+    """The table of an obstructions study as it would be, with numbers that mean nothing."""
+    plan = plans.read_plan(ROOT / "configs" / "ablations" / "obstructions.yaml", scale="small")
+    rows = [
+        {"cell": f"{k}", **levels, "seed": 0, "status": "finished", "outcome": name, "value": 0.01 * k}
+        for k, levels in enumerate(plan.combinations())
+        for name in plan.outcomes
+    ]
+    folder.mkdir()
+    pd.DataFrame(rows).to_csv(folder / "table.csv", index=False)
+
+
 def test_there_is_something_to_run():
     found = blocks()
     unknown = {block.language for block in found} - SHELL - PYTHON - DIAGRAM
@@ -118,6 +167,10 @@ def run_shell(command: str, folder: Path) -> None:
     elif words[0] == "emformer":
         if "fit" in words[1:2]:
             words += [word for name, value in SHORT.items() for word in (f"--{name}", str(value))]
+        if "ablate" in words[1:2] and "--help" not in words:
+            words += [*CELLS, "--engine", "test_readme.Here"]
+        if "study" in words[1:2] and "--help" not in words:
+            words += ["--prompts", "6", "--length", "16"]
         if "simulate" in words[1:2] and "--help" not in words:
             asked = [word for word in words[2:] if word not in ("--out", "--overwrite") and not word.startswith("simulations/")]
             small = type(recipes.EXPERIMENTS.choose(asked)).examples()[0]
@@ -154,6 +207,7 @@ def run_shell(command: str, folder: Path) -> None:
 def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     for name in ("configs", "train"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    shown(tmp_path / "shown")
     (tmp_path / "FILE").write_text("a text of one's own, said again and again and again\n" * 400)
     monkeypatch.chdir(tmp_path)
     ran = 0
@@ -175,7 +229,9 @@ def test_its_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_the_configurations_it_names_are_those_there_are():
     content = README.read_text()
     there = {path.name for path in (ROOT / "configs").glob("*.yaml")}
-    there |= {f"theory/{path.name}" for path in (ROOT / "configs" / "theory").glob("*.yaml")}
+    there |= {
+        f"{folder}/{path.name}" for folder in ("theory", "ablations") for path in (ROOT / "configs" / folder).glob("*.yaml")
+    }
     told = set(re.findall(r"`(?:configs/)?([\w./-]+\.yaml)`", content)) - {"config.yaml"}
     assert told == there, told ^ there
 
@@ -197,6 +253,11 @@ def test_its_table_has_every_experiment():
     for path in (ROOT / "configs" / "theory").glob("*.yaml"):
         there[read_yaml(path)["experiment"]].add(f"theory/{path.name}")
     assert told == there
+
+
+def test_its_table_has_every_study():
+    table = README.read_text().split("| study | what it asks")[1].split("\n\n")[0]
+    assert dict(re.findall(r"^\| ([\w-]+) \| (.+) \|$", table, re.MULTILINE)) == recipes.STUDIES.titles()
 
 
 def test_the_files_it_names_are_there():

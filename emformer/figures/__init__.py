@@ -7,7 +7,8 @@
 
 `FIGURES` take the frame of one run, `SCENES` a scene (what is drawn of a model on a few prompts and is no row of records, see
 `emformer.figures.scene.stage`), `difference` the frame of a comparison. Each gives None where that lacks what it is made of.
-`emformer.figures.charts` draws what an experiment of the theory found.
+`emformer.figures.charts` draws what an experiment of the theory or a study found, `effects` what the factors of an ablation study
+change.
 matplotlib's objects alone are used, never pyplot: no window, no global figure, no changed setting. A notebook shows them.
 """
 

@@ -71,7 +71,7 @@ def _spoken(own: Sequence[Line], measured: dict[str, Look]) -> list[str]:
 
 def _handle(group: str, look: Look, own: Sequence[Line]) -> Line2D:
     mine = [line for line in own if line.group == group and not line.theory]
-    seeds = len({line.name for line in mine})
+    seeds = len({line.name for line in mine if line.one_seed})
     return Line2D([], [], color=look.colour, marker=look.mark if _marked(mine) else "", label=seeded(group, seeds))
 
 
@@ -80,7 +80,8 @@ def _marked(own: Sequence[Line]) -> bool:
 
 
 def _panel(axes: Axes, panel: Sequence[Line], measured: dict[str, Look], told: dict[str, tuple], log: bool) -> None:
-    crowd = {group: sum(line.group == group and not line.theory for line in panel) for group in measured}
+    crowd = {group: sum(line.group == group and line.one_seed for line in panel) for group in measured}
+    led = {line.group for line in panel if not line.theory and not line.one_seed}  # by the mean of their seeds
     for line in panel:
         if line.theory:
             known = measured.get(line.group)
@@ -88,18 +89,18 @@ def _panel(axes: Axes, panel: Sequence[Line], measured: dict[str, Look], told: d
             axes.plot(line.x, line.y, linestyle=told.get(line.name, DASHES[0]), color=colour, linewidth=1.6, zorder=4)
             _band(axes, line, colour, log)
             continue
-        look, many = measured[line.group], crowd[line.group] > 1
-        alone = np.isfinite(line.y).sum() == 1
+        look, many = measured[line.group], line.one_seed and crowd[line.group] > 1
+        alone, behind = np.isfinite(line.y).sum() == 1, many and line.group in led
         axes.plot(
             line.x,
             line.y,
             color=look.colour,
-            marker=look.mark if alone or _marked([line]) else "",
+            marker=look.mark if alone or (_marked([line]) and not behind) else "",
             markersize=4 if many else 5,
             markeredgecolor="white",
             markeredgewidth=0.4,
             linewidth=0.9 if many else 1.8,
-            alpha=max(0.35, 0.85 - 0.05 * crowd[line.group]) if many else 1.0,
+            alpha=0.35 if behind else max(0.35, 0.85 - 0.05 * crowd[line.group]) if many else 1.0,
             zorder=3,
         )
         _band(axes, line, look.colour, log)

@@ -24,8 +24,8 @@ class Line(NamedTuple):
 
     Attributes:
         name: as in the frame.
-        group: lines of one group differ by their seed alone and share a colour. Of a theory line, the group it speaks of; its
-            own words where there is none of that name.
+        group: lines of one group differ by their seed alone and share a colour; one without a seed is their mean. Of a theory
+            line, the group it speaks of; its own words where there is none of that name.
         theory: whether it was not measured.
         x, y, low, high: numbers, one a point; the ends of the band are nan where it is not known.
     """
@@ -37,6 +37,11 @@ class Line(NamedTuple):
     y: np.ndarray
     low: np.ndarray
     high: np.ndarray
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether it is of one seed of its group; else it stands for the group: it is its mean, or its only line."""
+        return not self.theory and self.name != self.group
 
 
 class Grid(NamedTuple):

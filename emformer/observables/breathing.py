@@ -271,7 +271,7 @@ class _Controls(Observation):
                     random = random * update.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True)
                     self._offer(found, step.layer, point, "noise", k, x + epsilon * random, place)
             if step.mixture is not None and trajectory.model is not None:
-                self._offer(found, step.layer, "attn", "uniform", k, x + epsilon * _uniform(trajectory, k), place)
+                self._offer(found, step.layer, "attn", "uniform", k, x + epsilon * uniform(trajectory, k), place)
         self._reservoir.offer(**found, **_group(trajectory))
 
     def _offer(self, found: dict[str, Tensor], layer: int, point: str, param: str, k: int, raw: Tensor, place: Any) -> None:
@@ -301,7 +301,7 @@ class _Controls(Observation):
         return found
 
 
-def _uniform(trajectory: Trajectory, k: int) -> Tensor:
+def uniform(trajectory: Trajectory, k: int) -> Tensor:
     """(B, 1, d): the update of the last token if it looked at everything it sees alike."""
     step, block = trajectory.steps[k], trajectory.block(k)
     attention, seen = block.attention, trajectory.visible(k, slice(-1, None))

@@ -59,7 +59,7 @@ class _Lens(Observation):
             self._moments.add(one.divergence, *at, "lens.kl")
             self._moments.add(one.rank, *at, "lens.rank", null=(vocabulary + 1) / 2)
             self._moments.add(agrees, *at, "lens.agreement", null=1 / vocabulary)
-        whole = _layers(states)
+        whole = whole_layers(states)
         steps = len(whole) - 1
         collapse = lens.collapse_depth(torch.stack([found[k].top for k in whole]))
         caustic = lens.caustic_depth(torch.stack([found[k].entropy for k in whole]))
@@ -90,7 +90,7 @@ def read(trajectory: Trajectory) -> list[lens.Reading]:
     return [lens.Reading(*(torch.cat(column, 1).view(shape) for column in zip(*kept, strict=True))) for kept in found]
 
 
-def _layers(states: list[State]) -> list[int]:
+def whole_layers(states: list[State]) -> list[int]:
     """Places of the embedding and of what each layer leaves as a whole."""
     last = len(states) - 1
     return [0, *(k for k in range(1, last + 1) if k == last or states[k + 1].layer != states[k].layer)]

@@ -85,7 +85,7 @@ class _Sinks(Observation):
             step, kernel = trajectory.steps[k], trajectory.block(k).attention.kernel
             at = step.layer, step.point
             given = contents(trajectory, k)
-            seen = _seen(trajectory, k, given, divided=not kernel.normalised and not kernel.signed)
+            seen = see(trajectory, k, given, divided=not kernel.normalised and not kernel.signed)
             if not kernel.signed:
                 rate, null = self._weights(at, seen, kernel.normalised)
                 rates.append(rate)
@@ -110,7 +110,7 @@ class _Sinks(Observation):
                 pooled["control"] = trajectory.tokens[:, self._setting.control - 1]
             self._pool.offer(**pooled)
 
-    def _weights(self, at: tuple[int, str], seen: _Seen, normalised: bool) -> tuple[Tensor, float]:
+    def _weights(self, at: tuple[int, str], seen: Seen, normalised: bool) -> tuple[Tensor, float]:
         """What the pattern alone tells; the sink rate (B, H) and its null."""
         threshold = self._setting.threshold
         if not normalised:
@@ -135,7 +135,7 @@ class _Sinks(Observation):
         return found
 
 
-class _Seen(NamedTuple):
+class Seen(NamedTuple):
     """What the pattern of a step says: `keys` (T,) that a query sees, `queries` (S,) that see a key, `chooses` (T,) the queries
     that see the first key and another; the weights' sum `total` and the first one's part `share` (B, H, T); and of weights that
     are made to sum to one the `first` (B, H, T), what each key receives `mass` (B, H, S), and of uniform ones `even` (S,)."""
@@ -150,8 +150,8 @@ class _Seen(NamedTuple):
     even: Tensor
 
 
-def _seen(trajectory: Trajectory, k: int, given: Tensor, divided: bool) -> _Seen:
-    """`given`: `contents`. `divided`: weights are made to sum to one."""
+def see(trajectory: Trajectory, k: int, given: Tensor, divided: bool) -> Seen:
+    """What the pattern of step k says of the first token. `given`: `contents`. `divided`: weights are made to sum to one."""
     keys, queries = trajectory.counts(k)
     sees, total, share, first = [], [], [], []
     mass: Tensor | float = 0.0
@@ -168,7 +168,7 @@ def _seen(trajectory: Trajectory, k: int, given: Tensor, divided: bool) -> _Seen
         even = even + sinks.received(sinks.uniform(chunk.visible), chunk.visible)
     assert isinstance(mass, Tensor) and isinstance(even, Tensor)
     rows = (torch.cat(some, -1) for some in (total, share, first))
-    return _Seen(keys, queries, torch.cat(sees) & (keys >= 2), *rows, mass, even)
+    return Seen(keys, queries, torch.cat(sees) & (keys >= 2), *rows, mass, even)
 
 
 class _Layer:

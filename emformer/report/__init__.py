@@ -4,8 +4,9 @@
     write(["runs/a", "runs/b"], "ab.html")    # the differences to runs/a
 
 What is drawn and why stands in `scenes`, `series` and `differences`, which turn a scene, records and a comparison into sections:
-words and numbers, no code; `charts` does the same with what an experiment of the theory found. `page` sets them into one file
-with plotly's script, `page.js` draws them, and `sources` finds what a folder holds.
+words and numbers, no code; `charts` does the same with what an experiment of the theory or a study of claims found, `ablation`
+and `levels` with an ablation study. `page` sets them into one file with plotly's script, `page.js` draws them, and `sources`
+finds what a folder holds.
 """
 
 from emformer.report.writing import write

@@ -59,17 +59,22 @@ def write(outcome: Outcome | Findings, path: str | Path, *, title: str, facts: M
     """
     path = Path(path)
     require_plotly()
-    sections = [_verdicts(outcome) if isinstance(outcome, Findings) else _statements(outcome)]
-    shares = _shares([_need(chart) for chart in outcome.charts.values()])
-    charts = zip(outcome.charts.items(), shares, strict=True)
-    sections += [_section(f"chart{k}", name, chart, share) for k, ((name, chart), share) in enumerate(charts)]
-    told = page(title, fact_list(facts.items()), (), sections, {})
+    first = verdict_section(outcome) if isinstance(outcome, Findings) else _statements(outcome)
+    told = page(title, fact_list(facts.items()), (), [first, *chart_sections(outcome.charts)], {})
     try:
         with replaced(path) as partial:
             partial.write_text(told, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; an older page is as it was.") from error
     return path
+
+
+def chart_sections(charts: Mapping[str, Chart], budget: int | None = None) -> list[Section]:
+    """A section for each chart, which together carry about so many bytes of data: by default what a page has room for. Raises
+    ValueError as `write` does."""
+    shares = _shares([_need(chart) for chart in charts.values()], BUDGET if budget is None else budget)
+    told = zip(charts.items(), shares, strict=True)
+    return [_section(f"chart{k}", name, chart, share) for k, ((name, chart), share) in enumerate(told)]
 
 
 def _note(text: str) -> str:
@@ -80,14 +85,16 @@ def _head(names: Sequence[tuple[str, bool]]) -> str:
     return "".join(f"<th scope=col{' class=number' if number else ''}>{name}</th>" for name, number in names)
 
 
-def _verdicts(found: Findings) -> Section:
+def verdict_section(found: Findings) -> Section:
+    """The verdicts of findings as a table, and their note."""
     counted = Counter(str(one.word) for one in found.verdicts)
     words = [f"{counted[word]} {word}" for word in VERDICTS if counted[word]]
+    claims = "1 claim" if len(found.verdicts) == 1 else f"{len(found.verdicts)} claims"
     columns = [("verdict", False), ("claim", False), ("source", False), ("measured", True), ("95 % interval", True)]
     head = _head([*columns, ("claimed", True), ("null", True), ("n", True)])
     rows = "".join(map(_verdict_row, found.verdicts))
     told = (
-        f"<p>{len(found.verdicts)} claims: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in "
+        f"<p>{claims}: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in "
         "the claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or "
         f"the control that is named would give.</p>{_note(found.note)}"
     )
@@ -98,7 +105,7 @@ def _verdicts(found: Findings) -> Section:
 def _verdict_row(one: Verdict) -> str:
     kind = {"supported": "held", "refuted": "not", "undecided": "undefined"}[one.word]
     small = "; ".join(filter(None, (one.quantity, one.reason)))
-    null = short(one.null, 3) + (f" <small>{escaped(one.against)}</small>" if one.against else "")
+    null = escaped(short(one.null + 0.0, 3)) + (f"<small>{isolated(one.against)}</small>" if one.against else "")
     cells = (short(one.measured.value + 0.0, 4), interval(one.measured), claimed(one))
     return (
         f'<tr class="{kind}"><td class=verdict><span aria-hidden=true>{VERDICTS[one.word]}</span> {one.word}</td>'
@@ -144,9 +151,9 @@ def _need(chart: Chart) -> float:
     return float(len(chart.frame)) * (PACKED * 3 if isinstance(chart, Paths) else TEXT * (4 if "low" in chart.frame else 2))
 
 
-def _shares(needs: Sequence[float]) -> list[float]:
+def _shares(needs: Sequence[float], budget: int) -> list[float]:
     """Bytes for each: what it needs where that is little, of what is left an equal part."""
-    shares, left = [0.0] * len(needs), float(BUDGET)
+    shares, left = [0.0] * len(needs), float(budget)
     for count, k in enumerate(sorted(range(len(needs)), key=needs.__getitem__)):
         shares[k] = left / (len(needs) - count)
         left -= min(needs[k], shares[k])
@@ -178,7 +185,7 @@ def _curves(chart: Curves, share: float) -> tuple[int, dict[str, Any], list[str]
     for name, own in found.items():
         panels.append({"title": name, "lines": [_line(line, groups, points) for line in own if next(count) in shown]})
     told = {line.group for line in whole if not line.theory}
-    seeds = {group: len({line.name for line in whole if line.group == group and not line.theory}) for group in groups}
+    seeds = {group: len({line.name for line in whole if line.group == group and line.one_seed}) for group in groups}
     data = {
         "x": chart.x,
         "y": chart.y,
@@ -198,7 +205,7 @@ def _curves(chart: Curves, share: float) -> tuple[int, dict[str, Any], list[str]
 def _line(line: Line, groups: Sequence[str], points: int) -> dict[str, Any]:
     kept_ = spread(len(line.x), points)
     told: dict[str, Any] = {"name": line.name, "group": groups.index(line.group), "theory": line.theory}
-    told |= {"x": line.x[kept_], "y": line.y[kept_]}
+    told |= {"x": line.x[kept_], "y": line.y[kept_]} | ({"seed": True} if line.one_seed else {})
     if np.isfinite(line.low).any() and np.isfinite(line.high).any():
         told |= {"low": line.low[kept_], "high": line.high[kept_]}
     return told

@@ -77,7 +77,7 @@ def _forest(found: pd.DataFrame, known: Mapping[str, Key]) -> Section:
         "forest",
         "Differences",
         caption,
-        {"rows": told, "runs": runs[1:], "base": runs[0], "definitions": definitions},
+        {"rows": told, "runs": runs[1:], "base": runs[0], "definitions": definitions, "what": "key", "p": "q"},
     )
 
 

@@ -639,20 +639,22 @@
     },
 
     forest(box) {
-      const { rows, runs, base, definitions } = read("forest"), plot = box.plot("plot"), keys = [...new Set(rows.map(row => row.key))], meaning = box.figure.querySelector(".meaning");
+      const d = box.data, { rows, runs, base, definitions } = d, plot = box.plot("plot"), keys = [...new Set(rows.map(row => row.key))], meaning = box.figure.querySelector(".meaning");
+      const side = (row, end) => (row.low === null ? 0 : Math.abs(row[end] - row.difference)); // of an interval that need not be even
       const show = key => {
         const all = key === "", half = row => (row.low === null ? null : (row.high - row.low) / 2);
         let own = rows.filter(row => (all ? row.stands && half(row) > 0 : row.key === key));
         const value = row => (all ? row.difference / half(row) : row.difference);
         if (all) own = own.sort((p, q) => Math.abs(value(q)) - Math.abs(value(p)));
+        const folded = text => (narrow(plot) ? shown(text).replaceAll(/(.{14,}?) /g, "$1<br>") : shown(text.length > 64 ? `${text.slice(0, 63)}…` : text));
         const name = row => (all ? row.key : row.at), lines_ = [...new Set(own.map(name))].slice(0, all ? 40 : 80);
         const traces = runs.map((run, k) => {
           const some = own.filter(row => row.run === k && lines_.includes(name(row))), colour = COLOURS[k % COLOURS.length];
           return {
             x: some.map(value), y: some.map(row => lines_.indexOf(name(row)) + (runs.length > 1 ? 0.3 * (k / (runs.length - 1) - 0.5) : 0)), mode: "markers", name: shown(run),
-            marker: { color: colour, size: 9, symbol: some.map(row => (row.low === null ? "x-thin-open" : row.q !== null && row.q <= 0.05 ? "circle" : "circle-open")), line: { width: 1.6 } },
-            error_x: { array: some.map(row => (row.low === null ? 0 : all ? 1 : half(row))), thickness: 1.4, width: 4, color: colour },
-            text: some.map(row => `<b>${shown(row.key)}</b>, ${shown(row.at)}<br>${shown(run)}: ${number(row.mean, 4)}<br>difference ${number(row.difference)}` + (row.low === null ? "<br>no interval" : ` [${number(row.low)}, ${number(row.high)}]`) + (row.q === null ? "" : `<br>q = ${number(row.q, 2)}`)),
+            marker: { color: colour, size: 9, symbol: some.map(row => (row.low === null ? "x-thin-open" : row.sure ?? (row.q !== null && row.q <= 0.05) ? "circle" : "circle-open")), line: { width: 1.6 } },
+            error_x: { symmetric: false, ...Object.fromEntries([["array", "high"], ["arrayminus", "low"]].map(([name, end]) => [name, some.map(row => (all ? 1 : side(row, end)))])), thickness: 1.4, width: 4, color: colour },
+            text: some.map(row => `<b>${shown(row.key)}</b>, ${shown(row.at)}<br>${shown(run)}: ${number(row.mean, 4)}<br>difference ${number(row.difference)}` + (row.low === null ? "<br>no interval" : ` [${number(row.low)}, ${number(row.high)}]`) + (row.q === null ? "" : `<br>${d.p} = ${number(row.q, 2)}`)),
             hovertemplate: "%{text}<extra></extra>",
           };
         });
@@ -660,13 +662,52 @@
         meaning.textContent = all ? "" : definitions[key] || "recorded by an observable that is not loaded here";
         draw(plot, traces, {
           showlegend: runs.length > 1, legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0 }, margin: { l: 20, r: 14, t: runs.length > 1 ? 40 : 14, b: 48 },
-          xaxis: axis(shown(all ? `difference to ${base}, in half widths of its interval` : `difference to ${base}`), { zeroline: true, zerolinecolor: INK, zerolinewidth: 1.2 }),
-          yaxis: axis("", { tickvals: range(lines_.length), ticktext: lines_.map(shown), range: [lines_.length - 0.5, -0.5], tickfont: { size: narrow(plot) ? 10 : 12 } }),
+          xaxis: axis(shown(all ? `difference to ${base}, in half widths of its interval` : narrow(plot) ? "difference" : `difference to ${base}`), { zeroline: true, zerolinecolor: INK, zerolinewidth: 1.2 }),
+          yaxis: axis("", { tickvals: range(lines_.length), ticktext: lines_.map(folded), range: [lines_.length - 0.5, -0.5], tickfont: { size: narrow(plot) ? 10 : 12 } }),
           shapes: all ? [{ type: "rect", x0: -1, x1: 1, yref: "paper", y0: 0, y1: 1, fillcolor: "#F0F0F0", line: { width: 0 }, layer: "below" }] : [],
         });
       };
-      select(box, "key", [["", "all keys"], ...keys.map(key => [key, key])], show);
-      show("");
+      const whole = rows.some(row => row.stands); // a row that stands for its key, in a list of all keys
+      select(box, d.what, [...(whole ? [["", "all keys"]] : []), ...keys.map(key => [key, key])], show);
+      show(whole ? "" : keys[0]);
+    },
+
+    /** Every key of an ablation study by depth, a line a combination of levels; what is of the whole flow alone, a point each. */
+    levels(box) {
+      const { series, groups, definitions } = box.data, plot = box.plot("plot"), keys = [...new Set(series.map(one => one.key))];
+      const families = [...new Set(keys.map(key => key.split(".")[0]))], meaning = box.figure.querySelector(".meaning");
+      let key = box.data.first, variant = 0, group = 0, off = new Set();
+      const own = () => series.filter(one => one.key === key);
+      const names = () => own().map((one, k) => [k, [one.cloud === "" ? "" : `${one.cloud} cloud`, one.param].filter(Boolean).join(", ") || "plain"]);
+      const colour = k => (groups[group].names.length > COLOURS.length ? mix(k / (groups[group].names.length - 1)) : COLOURS[k]);
+      const show = () => {
+        const one = own()[variant], { names: lines_, rows } = groups[group], alone = one.places.length < 2, count = rows.length;
+        meaning.textContent = `${definitions[key] || "recorded by an observable that is not loaded here"}; at step ${one.step.toLocaleString("en")}.`;
+        const traces = rows.map((row, k) => {
+          const x = range(one.places.length).map(at => (alone ? k : at + (count < 2 ? 0 : Math.min(0.3, 0.05 * count) * (k / (count - 1) - 0.5))));
+          return {
+            x, y: one.mean[row], name: shown(lines_[k]), mode: alone ? "markers" : "lines+markers", visible: !off.has(k), connectgaps: false,
+            line: { color: colour(k), width: 2 }, marker: { color: colour(k), size: 8, symbol: SYMBOLS[k % 8] },
+            error_y: { array: range(one.places.length).map(at => one.half[row][at] ?? 0), thickness: 1.3, width: 3, color: colour(k) },
+            text: one.mean[row].map((value, at) => `${shown(one.places[at])}<br><b>${number(value, 4)}</b>` + (one.half[row][at] === null ? "" : ` ± ${number(one.half[row][at], 2)}`) + `<br>${grid(one, "n", row, at)} seed${grid(one, "n", row, at) === 1 ? "" : "s"}`),
+            hovertemplate: "%{text}<extra>%{fullData.name}</extra>",
+          };
+        });
+        const ticks = range(one.places.length).filter(k => k % Math.ceil(one.places.length / (narrow(plot) ? 8 : 20)) === 0);
+        draw(plot, traces, {
+          shapes: alone ? [] : grounds(one.points), margin: { l: 58, r: 14, t: 14, b: 60 }, yaxis: axis(shown(key)),
+          xaxis: alone ? axis("", { tickvals: range(count), ticktext: lines_.map(shown), range: [-0.6, count - 0.4], showgrid: false })
+            : axis(narrow(plot) ? "state" : "state (a after attention, f after FFN)", { tickvals: ticks, ticktext: ticks.map(k => shown(one.places[k])), range: [-0.5, one.places.length - 0.5], showgrid: false }),
+        });
+      };
+      const entries = () => switches(box, groups[group].names.map((name, k) => [GLYPHS[k % 8], colour(k), name]), (k, on) => { if (on) off.delete(k); else off.add(k); show(); });
+      const fill = input => input.replaceChildren(...names().map(([value, text]) => element("option", text, { value })));
+      const first = select(box, "key", families.map(family => [family, keys.filter(one => one.split(".")[0] === family).map(one => [one, one])]), value => { key = value; variant = 0; fill(of); show(); });
+      const of = select(box, "of", names(), value => { variant = Number(value); show(); });
+      if (groups.length > 1) select(box, "factor", groups.map((one, k) => [k, one.title]), value => { group = Number(value); off = new Set(); entries(); show(); });
+      first.value = key;
+      entries();
+      show();
     },
 
     // charts of an experiment
@@ -679,12 +720,13 @@
       const within = d.panels.some(panel => panel.lines.some(line => line.theory && !d.groups[line.group].theory));
       const owner = line => (line.theory && !d.groups[line.group].theory ? d.groups.length : line.group);
       const off = new Set(), traces = d.panels.map(panel => {
-        const crowd = range(d.groups.length).map(k => panel.lines.filter(line => line.group === k && !line.theory).length);
+        const crowd = range(d.groups.length).map(k => panel.lines.filter(line => line.group === k && line.seed).length);
+        const led = range(d.groups.length).map(k => panel.lines.some(line => line.group === k && !line.seed && !line.theory)); // by the mean of its seeds
         return panel.lines.flatMap(line => {
-          const many = !line.theory && crowd[line.group] > 1, few = line.x.length <= 12, own = owner(line), tint = owner(line) === d.groups.length ? dark(colour(line.group)) : colour(line.group);
+          const many = line.seed && crowd[line.group] > 1, behind = many && led[line.group], few = line.x.length <= 12, own = owner(line), tint = owner(line) === d.groups.length ? dark(colour(line.group)) : colour(line.group);
           const trace = {
-            x: line.x, y: line.y, name: shown(line.name), owner: own, connectgaps: false, meta: [shown(d.x), shown(d.y)], opacity: many ? 0.6 : 1,
-            mode: (few && !line.theory) || line.y.filter(y => y !== null).length === 1 ? "lines+markers" : "lines", marker: { size: many ? 5 : 7, symbol: SYMBOLS[line.group % 8], color: tint },
+            x: line.x, y: line.y, name: shown(line.name), owner: own, connectgaps: false, meta: [shown(d.x), shown(d.y)], opacity: behind ? 0.35 : many ? 0.6 : 1,
+            mode: (few && !line.theory && !behind) || line.y.filter(y => y !== null).length === 1 ? "lines+markers" : "lines", marker: { size: many ? 5 : 7, symbol: SYMBOLS[line.group % 8], color: tint },
             line: { color: tint, width: many ? 1.1 : 2, dash: line.theory ? dash(line.group) : "solid" },
             hovertemplate: "%{meta[0]} %{x:.5~g}<br>%{meta[1]} <b>%{y:.5~g}</b><extra>%{fullData.name}</extra>",
           };
@@ -706,7 +748,7 @@
         return { type: "log", exponentformat: decades > 4 ? "power" : "none", nticks: Math.min(8, Math.max(3, Math.floor(decades / 0.71))) };
       };
       const show = () => d.panels.forEach((panel, k) => draw(box.plot(`panel${k}`), traces[k].map(trace => ({ ...trace, visible: !off.has(trace.owner) })), {
-        ...titled(panel.title), xaxis: axis(shown(d.x), scale(d.log[0], "x", panel)), yaxis: axis(shown(d.y), scale(d.log[1], "y", panel)), uirevision: "zoomed",
+        ...titled(panel.title), xaxis: axis(shown(d.x), scale(d.log[0], "x", panel)), yaxis: axis(shown(d.y), scale(d.log[1], "y", panel)), uirevision: d.groups.map(group => group.name).join(), // another view begins whole
       }));
       const marked = k => d.panels.some(panel => panel.lines.some(line => line.group === k && line.x.length <= 12));
       const glyph = k => (d.groups[k].theory ? "╌╌" : several || !marked(k) ? "━━" : `━${GLYPHS[k]}━`);
@@ -714,6 +756,17 @@
       if (within) entries.push(["╌╌", GREY, "theory, in the colour of its line"]);
       switches(box, entries, (k, on) => { if (on) off.delete(k); else off.add(k); show(); });
       show();
+    },
+
+    /** One of several charts of lines, which the reader chooses. */
+    views(box) {
+      const { charts } = box.data, panels = [...box.figure.querySelectorAll(".plot")];
+      const show = k => {
+        panels.forEach((plot, panel) => { plot.hidden = panel >= charts[k].data.panels.length; });
+        FIGURES.curves({ ...box, data: charts[k].data });
+      };
+      if (charts.length > 1) select(box, "factor", charts.map((one, k) => [k, one.title]), value => show(Number(value)));
+      show(0);
     },
 
     grids(box) {

@@ -6,21 +6,31 @@ configs/           settings of each cell, resolved; cells/CELL/ its run folder, 
 finished/          a file for each cell that has ended well: its steps and seconds
 table.csv          one row a cell and outcome; table.parquet the same. effects.csv: differences between cells of one seed
 verdicts.csv       of the claims that the plan makes
-report.html        all of that to look at, with loss curves and everything recorded
+report.html        all of that to look at, with loss curves and everything recorded; figures/ what is drawn of it, as pictures
 environment.json   versions of what the numbers depend on
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from emformer import plans
+import pandas as pd
+from tqdm import tqdm
+
+from emformer import figures, plans
+from emformer.figures import charts as drawing
+from emformer.figures.effects import draw_effects
 from emformer.parts import UserError
 from emformer.plans import Plan
+from emformer.report import ablation as page
+from emformer.report.levels import losses
 from emformer.studies import search
-from emformer.studies.cells import Study
-from emformer.studies.results import write_results
+from emformer.studies.cells import Study, failed
+from emformer.studies.examination import read_verdicts
+from emformer.studies.jobs import last_line
+from emformer.studies.results import read, write_results
 
 HOME = "ablations"
 
@@ -67,7 +77,27 @@ def ablate(
         else:
             study.run(plans.cells(plan), modules)
         write_results(study, report)
+        if report:
+            _show(study)
     return folder
+
+
+def _show(study: Study) -> None:
+    """The page and the pictures of a study, from its tables and the run folders of its cells."""
+    path, plan = study.path, study.plan
+    table, effects = (read(file) if file.exists() else pd.DataFrame() for file in (path / "table.csv", path / "effects.csv"))
+    verdicts = read_verdicts(path) if (path / "verdicts.csv").exists() else []
+    why = {name: last_line(path / "logs" / f"{name}.txt") for name in failed(path)}
+    try:
+        page.write(path, plan, table, effects, verdicts, why)
+    except UserError as error:  # all else is there, and can be read without it
+        tqdm.write(f"no page: {error}", file=sys.stderr)
+    pictures = {f"loss {name}": drawing.draw(chart, plan.title) for name, chart in losses(path, plan).items()}
+    if len(effects) and (forest := draw_effects(effects, plan.title)) is not None:
+        pictures["effects"] = forest
+    (path / "figures").mkdir(exist_ok=True)
+    for name, picture in pictures.items():
+        figures.save(picture, path / "figures" / f"{name}.png")
 
 
 def preview(study: Study, modules: Sequence[str] = ()) -> str:

@@ -9,6 +9,7 @@ STUDY/finished/NAME.json when all is done. Two processes never work on one cell:
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -29,6 +30,8 @@ from emformer.parts import UserError
 from emformer.records import read_settings, write_atomically
 from emformer.training import fit
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m emformer.studies.cell", description=(__doc__ or "").partition("\n")[0])
@@ -39,6 +42,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.with_parent:
         threading.Thread(target=_orphaned, daemon=True).start()
+    if hasattr(signal, "SIGUSR2"):  # what a cluster sends to all processes of a job before it takes it away
+        signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
         for module in options.modules:
             importlib.import_module(module)
@@ -50,7 +55,7 @@ def main() -> None:
 
 
 def run(study: Path, name: str) -> None:
-    """Train the cell and say that it is done, unless it is."""
+    """Train the cell and say that it is done, unless it is: {"step", "seconds"}, where seconds are those of this process."""
     done = study / "finished" / f"{name}.json"
     if done.exists():
         return
@@ -63,7 +68,11 @@ def run(study: Path, name: str) -> None:
 @contextmanager
 def alone(path: Path, refused: str | None = None) -> Generator[None]:
     """Hold a lock that falls when the process ends, whatever way. Where another process holds it: wait, or raise `UserError` with
-    the sentence `refused`."""
+    the sentence `refused`.
+
+    On a file system of several machines it holds between them if that keeps locks for all of them (NFS does by default, Lustre
+    when mounted with `flock`). Where there are no locks at all that is told, and nothing is held.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         if fcntl is not None:
@@ -71,6 +80,10 @@ def alone(path: Path, refused: str | None = None) -> Generator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if refused is not None else 0))
             except BlockingIOError:
                 raise UserError(refused or "") from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"emformer: {path.parent} has no locks: see to it that one process works there.", file=sys.stderr)
         yield
 
 
@@ -78,7 +91,11 @@ def _orphaned() -> None:
     """Wait for the end of stdin, which comes when the parent has died, and stop as after SIGTERM: with a checkpoint."""
     while os.read(0, 4096):
         pass
-    os.kill(os.getpid(), signal.SIGTERM)
+    main = threading.main_thread().ident
+    if hasattr(signal, "pthread_kill") and main is not None:
+        signal.pthread_kill(main, signal.SIGTERM)  # the thread that handles it, so that it wakes
+    else:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

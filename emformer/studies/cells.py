@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +71,25 @@ class Study:
         return alone(self.path / ".lock", f"{self.path} is being worked on by another process; wait for it, or stop it.")
 
     def run(self, cells: Sequence[Cell], modules: Sequence[str] = ()) -> None:
-        """Run these cells, but for those that are finished."""
+        """Run these cells, but for those that are finished. A cell that fails is told, and the rest goes on.
+
+        Raises:
+            UserError: for cells that were begun with other settings; with nothing written.
+            SystemExit, KeyboardInterrupt: 143 after SIGTERM, with a checkpoint of every cell that was running.
+        """
         self._write(cells)
         jobs = [self.job(cell.name, modules) for cell in cells]
         left = [job for job in jobs if not job.done.exists()]
         if not left:
             return
         self._tokenise([cell for cell in cells if not self.done(cell.name).exists()])
-        total = {cell.name: cell.settings.training.max_steps for cell in cells}
-        with sharing(f"{len(cells)} cells") as tell:
-            self.engine.run(left, _Watch(self, total, tell).told)
-        for name, why in self.failed.items():
-            tqdm.write(f"cell {name} failed: {why}; its log is {self.path / 'logs' / f'{name}.txt'}", file=sys.stderr)
+        watch = _Watch(self, {cell.name: cell.settings.training.max_steps for cell in cells})
+        try:
+            with stoppable(), sharing(f"{len(cells)} cells", watch.share) as tell:
+                self.engine.run(left, lambda event: watch.told(event, tell))
+        except (KeyboardInterrupt, SystemExit):
+            tqdm.write(f"stopped; the same command goes on, and keeps what is in {self.path}", file=sys.stderr)
+            raise
 
     def job(self, cell: str, modules: Sequence[str] = ()) -> Job:
         """What an engine is to do for a cell."""
@@ -116,40 +127,71 @@ class Study:
 
 
 class _Watch:
-    """Tells how far the cells of a study have come: steps of all of them, finished or not."""
+    """How far the cells of a study have come: in steps of all of them, those that failed counted whole."""
 
-    def __init__(self, study: Study, total: Mapping[str, int], tell: Callable[[float, str], None]):
-        self._study, self._total, self._tell = study, total, tell
-        self._reached = {name: steps if study.done(name).exists() else 0 for name, steps in total.items()}
+    def __init__(self, study: Study, total: Mapping[str, int]):
+        self._study, self._total = study, total
+        self._reached = {name: steps if study.done(name).exists() else self._step(name) for name, steps in total.items()}
         self._running: set[str] = set()
         self._looked = 0.0
 
-    def told(self, event: Event) -> None:
+    @property
+    def share(self) -> float:
+        return sum(self._reached.values()) / max(1, sum(self._total.values()))
+
+    def told(self, event: Event, tell: Callable[[float, str], None]) -> None:
         if event.what == "started":
             self._running.add(event.job)
         elif event.what in ("finished", "failed"):
             self._running.discard(event.job)
             self._reached[event.job] = self._total[event.job]
-            if event.what == "failed":
-                self._study.failed[event.job] = event.why
+        if event.what == "failed":
+            self._study.failed[event.job] = event.why
+            log = self._study.path / "logs" / f"{event.job}.txt"
+            tqdm.write(f"cell {event.job} failed: {event.why.rstrip('.')}; its log is {log}", file=sys.stderr)
         now = time.monotonic()
         if event.what == "waiting" and now - self._looked < LOOK_EVERY:
             return
         self._looked = now
         for name in self._running:
-            self._reached[name] = min(self._total[name], _step(self._study.run_of(name).metrics))
+            self._reached[name] = max(self._reached[name], self._step(name))
         ended = sum(self._study.done(name).exists() for name in self._total)
-        word = f"{ended} done" + (f", {len(self._study.failed)} failed" if self._study.failed else "")
-        self._tell(sum(self._reached.values()) / max(1, sum(self._total.values())), word)
+        tell(self.share, f"{ended} done" + (f", {len(self._study.failed)} failed" if self._study.failed else ""))
+
+    def _step(self, cell: str) -> int:
+        return min(self._total[cell], last_step(self._study.run_of(cell).metrics))
 
 
-def _step(metrics: Path) -> int:
-    """The last step in the journal of a run that may be writing it; only its end is read."""
+@contextmanager
+def stoppable() -> Generator[None]:
+    """SIGTERM and SIGHUP leave the block by SystemExit, as Ctrl-C does by KeyboardInterrupt, so that it can stop what it has
+    started. Signals that are ignored stay so (nohup)."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        known = []  # only the main thread is asked
+    before = {number: signal.getsignal(number) for number in known if signal.getsignal(number) != signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def last_step(metrics: Path) -> int:
+    """The last step in the journal of a run that may be writing it; only its end is read. 0 where there is none."""
     try:
         with open(metrics, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            lines = file.read().splitlines()
-        return max((int(json.loads(line).get("step") or 0) for line in lines[1:-1] if line.startswith(b"{")), default=0)
+            start = max(0, os.fstat(file.fileno()).st_size - 4096)
+            file.seek(start)
+            lines = file.read().split(b"\n")
+        whole = lines[1 if start else 0 : -1]  # what follows the last newline is being written
+        return max((int(json.loads(line).get("step") or 0) for line in whole), default=0)
     except (OSError, ValueError, AttributeError):
         return 0
 
@@ -158,3 +200,9 @@ def seconds(study: Study) -> float:
     """What the finished cells took, in all."""
     done = [study.done(one["name"]) for one in study.cells]
     return sum(json.loads(one.read_text(encoding="utf-8"))["seconds"] for one in done if one.exists())
+
+
+def failed(folder: str | Path) -> list[str]:
+    """The cells that failed in the last call, by the table of the study."""
+    with open(Path(folder) / "table.csv", encoding="utf-8", newline="") as file:
+        return list(dict.fromkeys(row["cell"] for row in csv.DictReader(file) if row["status"] == "failed"))

@@ -165,7 +165,11 @@ def _write(folder: Path, study: parts.Study, asked: Mapping[str, object], found:
     for name, chart in found.charts.items():
         save(chart.frame, folder / "charts" / f"{name}.csv")
         figures.save(drawing.draw(chart, study.title), folder / "figures" / f"{name}.png")
-    facts = {name: str(value) for name, value in (recipe | dict(asked)).items() if value is not None}
+    facts = {
+        name: ", ".join(value) if isinstance(value, list) and name == "models" else str(value)
+        for name, value in (recipe | dict(asked)).items()
+        if value is not None
+    }
     try:
         page.write(found, folder / "study.html", title=study.title, facts=facts)
     except UserError as error:  # all else is there, and can be read without it

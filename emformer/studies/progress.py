@@ -136,11 +136,11 @@ def telling(what: str, total: int | None, start: int = 0) -> Generator[Callable[
 
 
 @contextmanager
-def sharing(what: str) -> Generator[Callable[[float, str], None]]:
+def sharing(what: str, start: float = 0.0) -> Generator[Callable[[float, str], None]]:
     """A function that is told the share done, in [0, 1], and a word on what is being done: a bar on a terminal, else a line on
-    stderr now and then."""
+    stderr now and then. `start` is the share that was done before: the time left follows from the rest alone."""
     if sys.stderr.isatty():
-        with tqdm(desc=what, total=1.0, bar_format=BAR, leave=False) as bar:
+        with tqdm(desc=what, total=1.0, initial=start, bar_format=BAR, leave=False) as bar:
 
             def show(share: float, word: str) -> None:
                 bar.set_postfix_str(word, refresh=False)
@@ -156,7 +156,7 @@ def sharing(what: str) -> Generator[Callable[[float, str], None]]:
         if now - last < TELL_EVERY:
             return
         last = now
-        left = f", {tqdm.format_interval((now - begun) * (1 - share) / share)} left" if share > 0 else ""
+        left = f", {tqdm.format_interval((now - begun) * (1 - share) / (share - start))} left" if share > start else ""
         print(f"{what}: {word}, {share:.0%}{left}", file=sys.stderr, flush=True)
 
     yield tell

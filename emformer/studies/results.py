@@ -9,24 +9,54 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from emformer import effects, listing
+from emformer.comparison import PLACE
 from emformer.files import replaced
 from emformer.parts import UserError
 from emformer.plans import Measure
 from emformer.recordings import read_records
 from emformer.records import Run
 from emformer.studies.cells import Study
+from emformer.studies.examination import frame, read_verdicts
 
 COLUMNS = ("outcome", "value", "se", "n", "step")  # after cell, the factors, seed and status
+RESULTS = ("effects.csv", "verdicts.csv", "observables.csv", "report.html")  # none of them where a control has failed
+WHOLE = ("seed", "n", "step", "planned", "tests", "layer", "head")
+FLOATS = ("value", "se", "mean", "of_baseline", "difference", "low", "high", "g", "p", "corrected", "q")
+NAMED = 6  # cells that a summary names
 
 
 def write_results(study: Study, report: bool = True) -> None:
-    """Table, effects, verdicts and report of a study, from the run folders of its cells; all of them derived, and rewritten."""
-    found = table(study)
+    """Table, effects, verdicts and report of a study, from the run folders of its cells; all of them derived, and rewritten.
+
+    Raises:
+        UserError: where no cell has an outcome, or a control of the plan does not hold. The table is written even so, and no
+            result beside it; older ones are removed.
+    """
+    found, plan = table(study), study.plan
     write_csv(found, study.path / "table.csv")
     with replaced(study.path / "table.parquet") as partial:
         found.to_parquet(partial, engine="pyarrow", index=False)
-    if found["value"].notna().sum() == 0:
-        raise UserError(f"no cell of {study.path} ended with an outcome; what they said is in {study.path / 'logs'}.")
+    broken = effects.failures(found, plan)
+    if broken or found["value"].notna().sum() == 0:
+        for name in RESULTS:
+            (study.path / name).unlink(missing_ok=True)
+        if not broken:
+            raise UserError(f"no cell of {study.path} ended with an outcome; what they said is in {study.path / 'logs'}.")
+        raise UserError(
+            f"no result of {study.path} is shown, for a control does not hold: {'; '.join(broken)}. All numbers are in table.csv."
+        )
+    records = recorded(study)
+    told = {
+        "effects.csv": effects.effects(found, plan),
+        "verdicts.csv": frame(effects.claims(found, plan)),
+        "observables.csv": effects.observables(records, found, plan),
+    }
+    for name, rows in told.items():
+        if len(rows):
+            write_csv(rows, study.path / name)
+        else:
+            (study.path / name).unlink(missing_ok=True)
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
@@ -89,7 +119,57 @@ def _rows(records: pd.DataFrame, measure: Measure) -> pd.DataFrame:
     return rows[rows["step"] == step]
 
 
+def recorded(study: Study) -> pd.DataFrame:
+    """What the finished cells recorded, of each key at its last step: a row a cell and place, "cell", `PLACE`, "mean"."""
+    found = [pd.DataFrame(columns=["cell", *PLACE, "mean"])]
+    for one in study.cells:
+        run = study.run_of(one["name"])
+        if study.done(one["name"]).exists() and (run.records.exists() or run.parquet.exists()):
+            rows = read_records(run.path)
+            rows = rows[(rows["step"] == rows.groupby("key")["step"].transform("max")) & rows["mean"].notna()]
+            found.append(rows[[*PLACE, "mean"]].assign(cell=one["name"]))
+    return pd.concat(found[1:] or found, ignore_index=True)
+
+
+def read(path: str | Path) -> pd.DataFrame:
+    """A CSV of a study with the types it was written from: levels stay text, whatever they look like, and numbers lose no bit."""
+    found = pd.read_csv(path, dtype=str, keep_default_na=False)
+    for name in found:
+        if name in WHOLE:
+            found[name] = pd.array([int(value) if value else None for value in found[name]], dtype="Int64")
+        elif name in FLOATS:
+            found[name] = [float(value or "nan") for value in found[name]]
+    return found
+
+
 def summary(folder: str | Path) -> str:
-    """What a study's folder says, for a terminal."""
-    found = pd.read_csv(Path(folder) / "table.csv")
-    return found.groupby("outcome")["value"].describe().to_string()
+    """What a study's folder says, for a terminal: how its outcomes differ, what became of its claims, and what is lacking. Of a
+    study without comparisons, its cells, the least of the first outcome first."""
+    folder = Path(folder)
+    found = read(folder / "table.csv")
+    compared = (folder / "effects.csv").exists()
+    told = [listing.effects(read(folder / "effects.csv")) if compared else listing.cells(found)]
+    if (folder / "verdicts.csv").exists():
+        told.append(listing.claims(read_verdicts(folder)))
+    if (folder / "observables.csv").exists():
+        rows = read(folder / "observables.csv")
+        apart, tests = int((rows["word"] == effects.DIFFERS).sum()), int(rows["tests"].iloc[0])
+        least = "at least " * (apart == effects.MOST)
+        told.append(
+            f"of {tests:,} differences in what was recorded {least}{apart:,} are found at a false discovery rate of 5 %, "
+            "to look around: observables.csv"
+        )
+    return "\n\n".join([*told, *_lacking(found)])
+
+
+def _lacking(found: pd.DataFrame) -> list[str]:
+    """A sentence for each way in which cells have no outcome, with their names."""
+    cells = found.drop_duplicates("cell")
+    gone = {status: list(cells.loc[cells["status"] == status, "cell"]) for status in ("failed", "missing")}
+    blank = found[(found["status"] == "finished") & ~np.isfinite(found["value"])]
+    gone |= {f"finished without a number for {name}": list(rows["cell"]) for name, rows in blank.groupby("outcome", sort=False)}
+    return [
+        f"{len(names)} of {len(cells)} cells {what}: {', '.join(names[:NAMED])}{' …' * (len(names) > NAMED)}"
+        for what, names in gone.items()
+        if names
+    ]

@@ -29,6 +29,7 @@ from emformer.operators import Dense, LowRank
 from emformer.positions import RoPE
 from emformer.settings import Drift, Embedding, Functional, Learned, Model
 from emformer.training import AdamW, Muon
+from tests.bench import ablation as of_ablation
 from tests.bench import capture as of_capture
 from tests.bench import recording as of_recording
 from tests.bench import report as of_report
@@ -210,7 +211,7 @@ def _of_recording(bench: Callable[..., dict]) -> Callable[[int], dict]:
     return measured
 
 
-_OTHERS = (*of_recording.BENCHES, *of_report.BENCHES, *of_capture.BENCHES, *of_theory.BENCHES)
+_OTHERS = (*of_recording.BENCHES, *of_report.BENCHES, *of_capture.BENCHES, *of_theory.BENCHES, *of_ablation.BENCHES)
 BENCHES |= {bench.__name__: _of_recording(bench) for bench in _OTHERS}
 
 

@@ -83,7 +83,7 @@ def test_the_options_of_fit_are_what_they_are(monkeypatch: pytest.MonkeyPatch):
     found = {action.dest for action in seen[0]._actions}
     found = {name for name in found if not name.endswith(".help")}  # help of a part's classes
     assert found == set(OPTIONS.split()), found ^ set(OPTIONS.split())
-    commands = "fit validate generate info records convert analyze compare report simulate"
+    commands = "fit validate generate info records convert analyze compare report simulate ablate study"
     assert list(COMMANDS) == commands.split()
 
 

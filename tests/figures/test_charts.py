@@ -98,6 +98,16 @@ def matplotlib_rgb(line: Line2D) -> list[float]:
     return hex_rgb(to_hex(line.get_color()))
 
 
+def test_the_mean_of_seeds_stands_out_before_them():
+    rows = [("", f"beta 4{seed}", t, t + k) for k, seed in enumerate((", seed 0", ", seed 1", "")) for t in TIMES]
+    figure = draw(Curves(pd.DataFrame(rows, columns=["panel", "line", "x", "y"]), "", "x", "y"))
+    *seeds, mean = figure.axes[0].lines
+    assert len(seeds) == 2 and mean.get_ydata().tolist() == (TIMES + 2).tolist()
+    for one in seeds:
+        assert one.get_linewidth() < mean.get_linewidth() and one.get_alpha() < mean.get_alpha() and one.get_marker() == ""
+    assert mean.get_marker() != "" and named(figure) == ["beta 4 (2 seeds)"], "a mean is no seed"
+
+
 def test_panels_share_colours_and_one_legend():
     figure = draw(curves(panels=3), "run 7")
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["panel 0", "panel 1", "panel 2"]

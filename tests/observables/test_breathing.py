@@ -13,7 +13,7 @@ from emformer.block import Parallel
 from emformer.ffn import GELU
 from emformer.masks import Window
 from emformer.observables import Row
-from emformer.observables.breathing import Breathing, Controls, _uniform
+from emformer.observables.breathing import Breathing, Controls, uniform
 from emformer.parts import UserError
 from emformer.placements import SandwichNorm
 from emformer.positions import RoPE
@@ -131,7 +131,7 @@ def test_isotropic_updates_add_dimensions_and_uniform_attention_is_what_it_says(
         mean = step.read[:, -4:].mean(1, keepdim=True)
         by_hand = sum(mean @ f.T for f in block.attention.content.matrix()) + block.attention.drift
         by_hand = block.shape_attn(step.before[:, -1:], by_hand)
-        assert (_uniform(trajectory, k) - by_hand).abs().max() < 1e-12
+        assert (uniform(trajectory, k) - by_hand).abs().max() < 1e-12
     line = torch.rand(N, 1, 1, dtype=torch.float64) * torch.ones(10, dtype=torch.float64)
     moved = Trajectory.from_clouds([line, 1.5 * line, 1.6 * line], points=[(0, "attn"), (0, "ffn")])
     found = told(Controls(), moved)

@@ -17,11 +17,13 @@ from pages import HOSTILE, Opened
 from playwright.sync_api import Browser
 from test_report_page import Outline, data
 
+from emformer.intervals import Interval
 from emformer.parts import UserError
 from emformer.report import charts
 from emformer.report.charts import write
 from emformer.report.text import visible
 from emformer.theory.outcome import Chart, Curves, Heat, Outcome, Paths, Statement
+from emformer.verdicts import Findings, Verdict
 
 LIMIT = 6_000_000  # bytes of a page
 TIMES = np.array([0.5, 1.0, 2.0, 4.0])
@@ -73,6 +75,43 @@ def outcome(**own: Chart) -> Outcome:
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = {HOSTILE[3]: curves(), "a_map": heat(), "circle": turned(), "space": turned(surface="sphere", panels=2)}
     return write(outcome(**own), tmp_path_factory.mktemp("page") / "page.html", title=HOSTILE[0], facts={HOSTILE[2]: HOSTILE[1]})
+
+
+VERDICTS = [
+    Verdict(
+        HOSTILE[0], HOSTILE[2], HOSTILE[3], Interval(-0.0, -0.0, 0.25, 64, "prompts"), least=-1e-9, null=0.5, against=HOSTILE[5]
+    ),
+    Verdict("it falls", "S2 9.2", "slope", Interval(1.0625, 0.5, 1.5, 12_000, "prompts"), most=0.0, why="the control failed"),
+    Verdict("it is even", "S3", "ratio", Interval(1.0, 0.75, 1.25, 8, "models"), least=0.9, most=1.1),
+    Verdict("it is few", "S3", "ratio", Interval(1.0, 0.9, 1.1, 3, "models"), least=0.0),
+    Verdict("it is lost", "S3", "ratio", Interval(math.nan, math.nan, math.nan, 0, "prompts"), least=0.0),
+]
+
+
+def test_the_verdicts_are_told_in_words_and_signs(tmp_path: Path):
+    found = Findings(VERDICTS, {"a_chart": curves()}, note=f"One thing.\n{HOSTILE[1]}")
+    file = write(found, tmp_path / "study.html", title=HOSTILE[0], facts={"models": HOSTILE[4]})
+    text = file.read_text(encoding="utf-8")
+    rows = re.findall(r"<tr class=\"(.*?)\">(.*?)</tr>", text)
+    cells = [[re.sub(r"<.*?>", " ", cell).split() for cell in re.findall(r"<t[dh].*?>(.*?)</t[dh]>", row)] for _, row in rows]
+    assert [kind for kind, _ in rows] == ["held", "not", "undefined", "undefined", "undefined"]
+    assert [cell[0] for cell in cells] == [["✓", "supported"], ["✗", "refuted"], *[["?", "undecided"]] * 3]
+    assert [" ".join(word) for word in cells[0][3:6]] == ["0", "[0, 0.25]", "≥ -1e-09"], "no number is told as -0"
+    assert [[" ".join(word) for word in cell[3:]] for cell in cells[1:]] == [
+        ["1.062", "[0.5, 1.5]", "≤ 0", "–", "12,000 prompts"],
+        ["1", "[0.75, 1.25]", "0.9 … 1.1", "–", "8 models"],
+        ["1", "[0.9, 1.1]", "≥ 0", "–", "3 models"],
+        ["–", "–", "≥ 0", "–", "0 prompts"],
+    ]
+    page = Outline(file)
+    assert "5 claims: 1 supported, 1 refuted, 3 undecided." in page.words and "One thing." in page.words
+    for word in (HOSTILE[0], HOSTILE[2], HOSTILE[3], visible(HOSTILE[4]), visible(HOSTILE[5])):
+        assert word in page.words, word
+    assert "slope; the control failed" in page.words and "undefined on these models" in page.words
+    assert "too few models: 3, and an interval at 95 % takes 6" in page.words
+    assert page.sections == ["verdicts", "chart0"] and page.loads == []
+    alone = write(Findings(VERDICTS[:1]), tmp_path / "one.html", title="t", facts={})
+    assert "1 claim: 1 supported." in Outline(alone).words and Outline(alone).sections == ["verdicts"]
 
 
 def unpacked(told: dict[str, Any]) -> np.ndarray:
@@ -137,6 +176,14 @@ def test_the_numbers_of_the_charts_are_in_the_page(file: Path):
     k, t = np.meshgrid(np.arange(3), np.arange(5))
     assert where == pytest.approx(np.stack([np.cos(k + t / 5), np.sin(k + t / 5)], axis=-1), abs=2e-5)
     assert space["solid"] and unpacked(space["panels"][1]["points"]).shape == (5, 3, 3)
+
+
+def test_seeds_lie_behind_their_mean(tmp_path: Path):
+    rows = [("", f"beta 4{seed}", x, float(x), math.nan, math.nan) for seed in (", seed 0", ", seed 1", "") for x in range(3)]
+    frame = pd.DataFrame(rows, columns=["panel", "line", "x", "y", "low", "high"])
+    told = data(write(outcome(c=Curves(frame, "", "x", "y")), tmp_path / "p.html", title="t", facts={}), "chart0")
+    assert [group["name"] for group in told["groups"]] == ["beta 4 (2 seeds)"], "a mean is no seed"
+    assert ["seed" in line for line in told["panels"][0]["lines"]] == [True, True, False]
 
 
 def test_a_point_is_nowhere_before_its_time_and_stays_after_it(tmp_path: Path):

@@ -55,6 +55,7 @@ class Unrolled(parts.Study):
                 most=ROUNDING,
                 null=0.0,
                 against="arithmetic",
+                why="a norm after the sum, or a retraction, acts on the stream" if any(map(_reshaped, subjects)) else "",
             ),
             Verdict(
                 "the initial embedding persists as a baseline",
@@ -69,6 +70,12 @@ class Unrolled(parts.Study):
         frame = pd.DataFrame(lines, columns=["panel", "line", "x", "y"])
         caption = "What each term of the sum adds to the last state: 0 is the embedding, then one step a sublayer. They sum to 1."
         return Findings(verdicts, {"shares": Curves(frame, caption, "term", "share")})
+
+
+def _reshaped(subject: Subject) -> bool:
+    """Whether anything but a sum acts on the stream, in any layer."""
+    blocks = [subject.model.layer(layer) for layer in range(subject.model.settings.depth)]
+    return any(getattr(block, place, None) is not None for block in blocks for place in ("place_attn", "place_ffn"))
 
 
 def _unrolled(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
