@@ -541,7 +541,7 @@ def _study(arguments: Sequence[str]) -> None:
         "the hub, or a glob in quotes. One model gives verdicts about that model; six or more that differ by their seed give "
         "verdicts about models trained like them. emformer study NAME --help explains the fields of a study, --print_config "
         "shows what they amount to. In Python: emformer.examine.",
-        epilog="examples:  emformer study sinks runs/default  |  emformer study fragility 'ablations/position/cells/*'",
+        epilog="examples:  emformer study sinks runs/default  |  emformer study fragility 'ablations/claims/cells/kind=docs,*'",
         add_help=False,
         allow_abbrev=False,
     )
@@ -567,13 +567,14 @@ def _study(arguments: Sequence[str]) -> None:
     if count < 2:
         raise UserError(f"no model is named; as {parser.prog} {words[0]} runs/default.")
     from emformer.listing import claims
-    from emformer.studies.examination import examine, read_verdicts
+    from emformer.studies.examination import examine, read_scale, read_verdicts
     from emformer.studies.outputs import read_note
 
     given = {name: value for name, value in vars(options).items() if name != "modules"}
     folder = examine(study, words[1:count], **given)
     note = "\n".join(textwrap.fill(line, 120) for line in read_note(folder).splitlines())
-    print("\n\n".join(filter(None, (study.title, claims(read_verdicts(folder)), note, f"wrote {folder}"))))
+    told = f"of {read_scale(folder)}"
+    print("\n\n".join(filter(None, (study.title, claims(read_verdicts(folder)), told, note, f"wrote {folder}"))))
 
 
 def _menu(parser: argparse.ArgumentParser, menu: Any, what: str, modules: Sequence[str], asked: bool) -> NoReturn:

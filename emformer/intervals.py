@@ -30,6 +30,7 @@ LEVEL = 0.05
 RESAMPLES = 4000
 FEWEST = 6  # units: 1 - 2^(1-n) >= 1 - LEVEL
 STREAM = 5  # sets these random numbers apart from those of batches, probes and samples of the same seed
+UNDEFINED = 0.01  # share of draws that may be undefined: of more, the rest is no fair sample
 CHUNK = 1 << 22  # numbers that resampling holds at once
 
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -82,8 +83,8 @@ def bootstrap(
 
 
 def bootstrap_each(values: np.ndarray, *, of: str = "prompts", seed: int = 0, resamples: int = RESAMPLES) -> list[Interval]:
-    """The interval of the mean of each column of `values` (n, k), as `bootstrap` gives it, but drawn once for all columns. What is
-    not finite is left out of its column, and not counted."""
+    """The interval of the mean of each column of `values` (n, k), as `bootstrap` gives it, but drawn once for all columns. What
+    is not finite is left out of its column, and not counted."""
     values = np.asarray(values, dtype=np.float64)
     known = np.isfinite(values)
     counts = known.sum(0)
@@ -108,11 +109,12 @@ def over_models(
     seed: int = 0,
     resamples: int = RESAMPLES,
 ) -> Interval:
-    """The interval of a statistic of several models, each with prompts of its own.
+    """The interval of a statistic of several models, which were shown as many prompts each, as a rule the same ones.
 
     From `FEWEST` models on they are the units: the statistic of each, and the bootstrap of their mean; the claim is about models
-    trained like these. Fewer stand for themselves only: prompts are drawn within each model, the statistic is averaged over the
-    models, and `n` counts the prompts of the model that has fewest.
+    trained like these. Fewer stand for themselves only: prompts are drawn, the same of every model that has equally many, so that
+    what a prompt adds to all of them is not taken for chance that averages out; the statistic is averaged over the models, and
+    `n` counts the prompts of the model that has fewest.
 
     Args:
         values: of each model (n,) or (n, k), as in `bootstrap`.
@@ -125,10 +127,12 @@ def over_models(
 
 
 def percentiles(draws: np.ndarray, n: int) -> tuple[float, float]:
-    """The ends of the interval from bootstrap draws of a statistic of n units, at the widened levels. nan for n < 2."""
-    draws = draws[np.isfinite(draws)]
-    if n < 2 or not len(draws):
+    """The ends of the interval from bootstrap draws of a statistic of n units, at the widened levels. nan for n < 2, and where
+    more than `UNDEFINED` of the draws are not finite."""
+    known = np.isfinite(draws)
+    if n < 2 or known.sum() < max(1, (1 - UNDEFINED) * len(draws)):
         return math.nan, math.nan
+    draws = draws[known]
     low, high = np.quantile(draws, _levels(n))
     return float(low), float(high)
 
@@ -181,10 +185,9 @@ def _pooled(clusters: Sequence[_Clusters], statistic: Statistic, seed: int, resa
     value = float(np.mean([_value(one, statistic) for one in clusters]))
     if n == 1:
         return value, math.nan, math.nan, 1
-    random = np.random.default_rng((STREAM, seed))
     total = np.zeros(resamples)
     for one in clusters:
-        many = len(one.counts)
+        many, random = len(one.counts), np.random.default_rng((STREAM, seed))
         at_once = max(1, CHUNK // many)
         for start in range(0, resamples, at_once):
             stop = min(start + at_once, resamples)

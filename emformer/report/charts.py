@@ -37,7 +37,7 @@ CELLS = 30_000  # of the grids of a chart
 LINES = 300  # of a chart
 SHORTEST = 40  # points of a line, before lines are left out
 WORDS = {"equals": "{}", "at most": "at most {}", "at least": "at least {}", "measured": "–"}
-VERDICTS: dict[str, str] = {"supported": "✓", "refuted": "✗", "undecided": "?"}
+VERDICTS: dict[str, str] = {"supported": "✓", "refuted": "✗", "undecided": "?", "holds": "=", "broken": "✗"}
 MARKS = {"held": "✓", "NOT held": "✗", "told": "·", "undefined": "?"}
 
 
@@ -89,21 +89,23 @@ def verdict_section(found: Findings) -> Section:
     """The verdicts of findings as a table, and their note."""
     counted = Counter(str(one.word) for one in found.verdicts)
     words = [f"{counted[word]} {word}" for word in VERDICTS if counted[word]]
-    claims = "1 claim" if len(found.verdicts) == 1 else f"{len(found.verdicts)} claims"
+    count = sum(not one.check for one in found.verdicts)
+    claims = "1 claim" if count == 1 else f"{count} claims"
     columns = [("verdict", False), ("claim", False), ("source", False), ("measured", True), ("95 % interval", True)]
     head = _head([*columns, ("claimed", True), ("null", True), ("n", True)])
     rows = "".join(map(_verdict_row, found.verdicts))
     told = (
         f"<p>{claims}: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in "
         "the claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or "
-        f"the control that is named would give.</p>{_note(found.note)}"
+        "the control that is named would give. What holds, or is broken, is no claim: it is so by algebra or by construction, "
+        f"and tests the instrument.</p>{_note(found.note)}"
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return Section("verdicts", "Verdicts", before=f"{told}<div class=wide>{table}</div>", plots=())
 
 
 def _verdict_row(one: Verdict) -> str:
-    kind = {"supported": "held", "refuted": "not", "undecided": "undefined"}[one.word]
+    kind = {"supported": "held", "refuted": "not", "holds": "told", "broken": "not", "undecided": "undefined"}[one.word]
     small = "; ".join(filter(None, (one.quantity, one.reason)))
     null = escaped(short(one.null + 0.0, 3)) + (f"<small>{isolated(one.against)}</small>" if one.against else "")
     cells = (short(one.measured.value + 0.0, 4), interval(one.measured), claimed(one))

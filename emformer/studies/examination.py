@@ -33,11 +33,12 @@ from emformer.report import charts as page
 from emformer.studies.outputs import check_free, save, unwritable
 from emformer.studies.progress import sharing
 from emformer.studies.request import default_folder
-from emformer.studies.subjects import subjects
+from emformer.studies.subjects import scale, subjects
 from emformer.verdicts import Findings, Verdict
 
 WRITTEN = {"config.yaml", "verdicts.csv", "note.txt", "charts", "figures", "study.html", "environment.json"}
-COLUMNS = ("verdict", "claim", "source", "quantity", "value", "low", "high", "least", "most", "null", "against", "n", "of", "why")
+NUMBERS = ("value", "low", "high", "least", "most", "null")
+COLUMNS = ("verdict", "claim", "source", "quantity", *NUMBERS, "against", "n", "of", "why", "check", "scale")
 
 
 def examine(
@@ -57,7 +58,7 @@ def examine(
     """Put the claims of a study to the test on trained models, write what was found into a folder, and return that folder.
 
         emformer.examine("sinks", "runs/default")
-        emformer.examine("fragility", "studies/position/cells/*", prompts=256)
+        emformer.examine("fragility", "ablations/claims/cells/kind=docs,*", prompts=256)
 
     One model gives verdicts about that model, with intervals over prompts; six or more that differ by their seed give verdicts
     about models trained like them, with intervals over models. The folder appears whole, or not at all.
@@ -93,7 +94,7 @@ def examine(
     with sharing(study.name) as tell:
         findings = study.run(found, tell)
     asked: dict[str, Any] = {"models": [str(one) for one in sources], "text": None if text is None else str(text)}
-    asked |= {"corpus": None if corpus is None else str(corpus), **shown}
+    asked |= {"corpus": None if corpus is None else str(corpus), **shown, "scale": scale(found)}
     with unwritable(folder), replaced_folder(folder) as partial:
         _write(partial, study, asked, findings, time.monotonic() - begun)
     return folder
@@ -115,19 +116,26 @@ def read_verdicts(folder: str | Path) -> list[Verdict]:
         raise UserError(f"{path} cannot be read: {error}.") from error
 
 
+def read_scale(folder: str | Path) -> str:
+    """Of what size the models were that a study looked at."""
+    with open(Path(folder) / "verdicts.csv", encoding="utf-8", newline="") as file:
+        return next((row["scale"] for row in csv.DictReader(file)), "no models")
+
+
 def _verdict(row: Mapping[str, str]) -> Verdict:
     """Numbers by `float`, which loses no bit; what is undefined, or no bound, is empty."""
     value, low, high, null = (float(row[name] or "nan") for name in ("value", "low", "high", "null"))
     least, most = float(row["least"] or "-inf"), float(row["most"] or "inf")
     interval = Interval(value, low, high, int(row["n"]), row["of"])
-    return Verdict(row["claim"], row["source"], row["quantity"], interval, least, most, null, row["against"], row["why"])
+    words = row["claim"], row["source"], row["quantity"]
+    return Verdict(*words, interval, least, most, null, row["against"], row["why"], row["check"] == "True")
 
 
-def frame(verdicts: Iterable[Verdict]) -> pd.DataFrame:
-    """Verdicts as rows of `COLUMNS`."""
+def frame(verdicts: Iterable[Verdict], scale: str = "") -> pd.DataFrame:
+    """Verdicts as rows of `COLUMNS`; `scale`: of what size the models are that they are about."""
     rows = []
     for one in verdicts:
-        told = one._asdict() | one.measured._asdict() | {"verdict": one.word, "why": one.why}
+        told = one._asdict() | one.measured._asdict() | {"verdict": one.word, "why": one.why, "scale": scale}
         told |= {"least": _bound(one.least), "most": _bound(one.most)}
         rows.append({name: told[name] for name in COLUMNS})
     return pd.DataFrame(rows, columns=list(COLUMNS))
@@ -150,14 +158,14 @@ def _sources(models: list[str | Path]) -> list[str | Path]:
         found += matches
     if not found:
         raise UserError("no model is named; give a run folder, as runs/default.")
-    return list(dict.fromkeys(found))
+    return list({Path(one).resolve() if Path(one).exists() else one: one for one in found}.values())
 
 
 def _write(folder: Path, study: parts.Study, asked: Mapping[str, object], found: Findings, seconds: float) -> None:
     recipe = recipes.STUDIES.plain(study)
     told = "".join(f"# {line}\n" for line in yaml.safe_dump(dict(asked), sort_keys=False, allow_unicode=True).splitlines())
     (folder / "config.yaml").write_text(told + recipes.STUDIES.written(study), encoding="utf-8")
-    save(frame(found.verdicts), folder / "verdicts.csv")
+    save(frame(found.verdicts, str(asked["scale"])), folder / "verdicts.csv")
     if found.note:
         (folder / "note.txt").write_text(found.note + "\n", encoding="utf-8")
     for name in ("charts", "figures"):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,16 @@ class Subject:
         return self.loaded.model
 
     def untrained(self, draw: int = 0) -> Emformer:
-        """A model of the same settings with fresh weights, in eval mode: what is true of it too is no work of training.
+        """The model as its training began, in eval mode: what is true of it too is no work of training. Runs of other seeds have
+        other twins. `draw` 1, 2 …: other weights of the same law. Of a model that came without a run it is drawn by the laws of
+        our parts, which need not be those that it began with.
 
         The global generator is left as it was. Kept, as later calls ask for the same.
         """
         if draw not in self._twins:
             weight = self.model.embedding.weight
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(1_000_003 * (draw + 1) + self.seed)
+                torch.default_generator.manual_seed(self.loaded.config.training.seed + 1_000_003 * draw)
                 twin = Emformer(self.model.vocab, **vars(self.model.settings))
             self._twins[draw] = twin.to(weight.device, weight.dtype).eval()
         return self._twins[draw]
@@ -87,12 +90,15 @@ def subjects(
     """Load the models and their prompts: all of one text, or each of its own validation text.
 
     Raises:
-        UserError: for whatever `emformer.analyze` refuses; for a text of fewer prompts than two.
+        UserError: for whatever `emformer.analyze` refuses; for a text of fewer prompts than two; for models that differ in more
+            than their seed, or of which two are the same.
     """
     where = place(device)
-    found = []
+    found: list[Subject] = []
     for source in sources:
         loaded = load(source, which)
+        if found:
+            _alike(found, str(source), loaded)
         within = min(length, loaded.config.model.context)
         check(loaded, within, prompts * within, None, seed)
         if text is None and corpus is None:
@@ -112,6 +118,45 @@ def subjects(
         loaded.model.to(where).eval()
         found.append(Subject(str(source), loaded, ids, None if labels is None else labels.to(where), classes, groups, seed))
     return found
+
+
+def _alike(found: Sequence[Subject], name: str, loaded: Loaded) -> None:
+    """Raise unless this model is one more of the same kind: several are units of one claim only where a seed alone sets them
+    apart."""
+    first = found[0]
+    before, now = (_kind(one) for one in (first.loaded, loaded))
+    key = next((key for key in before if before[key] != now[key]), None)
+    if key is not None:
+        raise UserError(
+            f"{name} has another {key} than {first.name}: models of one study differ by their seed alone; give each kind its "
+            "own call."
+        )
+    for one in found:
+        same = loaded.model.state_dict()
+        if all(torch.equal(value.cpu(), same[key]) for key, value in one.model.state_dict().items()):
+            raise UserError(f"{name} and {one.name} are one model; give it once.")
+        if loaded.family == "emformer" and one.loaded.config.training.seed == loaded.config.training.seed:
+            raise UserError(f"{name} and {one.name} have one seed, so they are not independent; give one of them.")
+
+
+def _kind(loaded: Loaded) -> dict[str, Any]:
+    """What models of one study have in common."""
+    training = replace(loaded.config.training, seed=0, accelerator="", devices=1, nodes=1, strategy="", save_every=1, sample=0)
+    data = replace(loaded.config.data, cache="", workers=0)
+    return {"family": loaded.family, "model": loaded.config.model, "data": data, "training": training, "step": loaded.step}
+
+
+def scale(found: Sequence[Subject]) -> str:
+    """Of what size the models are, in a line: a verdict is about models like these."""
+    first = found[0]
+    settings, config = first.model.settings, first.loaded.config
+    count = sum(value.numel() for value in first.model.parameters())
+    many = "a model" if len(found) == 1 else f"{len(found)} models"
+    told = f"{many} of {count:,} parameters (d = {settings.dim}, {settings.depth} layers, {settings.heads} heads)"
+    if first.loaded.family != "emformer" or not first.loaded.step:
+        return f"{told}, family {first.loaded.family}"
+    tokens = first.loaded.step * config.training.batch * settings.context
+    return f"{told}, trained on {tokens:,} tokens of {type(config.data.corpus).__name__} in {first.loaded.step:,} steps"
 
 
 Tell = Callable[[float, str], None]
