@@ -26,7 +26,7 @@ train: $(READY)
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# With all of the 2,000 damaged files, of which `make test` tries a tenth, and all traced variants, of which it takes a third.
+# With all of the 2,000 damaged files, of which `make test` tries a tenth, and all traced variants, of which it takes a fifth.
 thorough: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --thorough -n auto --maxprocesses 4 --dist loadfile
 

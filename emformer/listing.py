@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import textwrap
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from emformer.parts import UserError
 from emformer.theory.outcome import Statement
 from emformer.verdicts import Verdict
 
+BELOW = 116  # characters of a line of what stands below a claim
 STEPS = 8  # columns of a table by step
 UNDEFINED = ".undefined"  # see `emformer.observables.Moments`
 NO_ROWS = "no rows yet"
@@ -133,14 +135,18 @@ def verdict(statement: Statement) -> str:
 
 
 def claims(verdicts: Sequence[Verdict]) -> str:
-    """Of each claim: the verdict, the number with its interval, the range that is claimed, the null, and what it says."""
+    """Of each claim: the verdict, the number with its interval, the range that is claimed, the null, and what it says; below it
+    what the number is, and what else decides."""
     table = [["", "measured", "95 % interval", "claimed", "null", "n", "claim"]]
     for one in verdicts:
         null = short(one.null, 3) + (f" ({one.against})" if one.against else "")
         n = f"{one.measured.n:,} {one.measured.of}"
         told = [one.word, short(one.measured.value, 4), interval(one.measured), claimed(one), null, n]
-        table.append([*told, f"{one.claim} ({one.source})" + (f": {one.reason}" if one.reason else "")])
-    return "\n".join(_aligned(table, "<>><<<<"))
+        table.append([*told, f"{one.claim} ({one.source})"])
+    head, *lines = _aligned(table, "<>><<<<")
+    small = ["; ".join(filter(None, (one.quantity, one.reason))) for one in verdicts]
+    below = [textwrap.indent(textwrap.fill(text, BELOW), "    ") for text in small]
+    return "\n".join([head, *(f"{line}\n{more}" for line, more in zip(lines, below, strict=True))])
 
 
 def effects(found: pd.DataFrame) -> str:
@@ -150,7 +156,7 @@ def effects(found: pd.DataFrame) -> str:
     for row in found.to_dict("records"):
         size = [
             short(row["of_baseline"], 4),
-            f"{row['difference']:+.3g}",
+            "–" if math.isnan(row["difference"]) else f"{row['difference']:+.3g}",
             interval(Interval(row["difference"], row["low"], row["high"], 0, "seeds")),
         ]
         n = f"{row['n']}" + (f" of {row['planned']}" if row["n"] < row["planned"] else "")

@@ -8,7 +8,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--thorough",
         action="store_true",
-        help="all of the 2,000 damaged files, of the traced variants and of the objectives of two processes, not a share of them",
+        help="all of the 2,000 damaged files, of the traced variants, kills and objectives of two processes, not a share of them",
     )
 
 

@@ -95,10 +95,10 @@ def verdict_section(found: Findings) -> Section:
     head = _head([*columns, ("claimed", True), ("null", True), ("n", True)])
     rows = "".join(map(_verdict_row, found.verdicts))
     told = (
-        f"<p>{claims}: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in "
-        "the claimed range, refuted where none of it does, and undecided else, or where n is below 6. The null is what chance or "
-        "the control that is named would give. What holds, or is broken, is no claim: it is so by algebra or by construction, "
-        f"and tests the instrument.</p>{_note(found.note)}"
+        f"<p>{claims}: {', '.join(words) or 'none'}. A claim is supported where the whole interval lies in the claimed range, "
+        "refuted where none of it does, and undecided else, or where n is below 6; each stands for itself, and intervals are not "
+        "corrected for their number. The null is what chance or the control that is named would give. What holds, or is broken, "
+        f"is no claim: it is so by algebra or by construction, and tests the instrument.</p>{_note(found.note)}"
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     return Section("verdicts", "Verdicts", before=f"{told}<div class=wide>{table}</div>", plots=())

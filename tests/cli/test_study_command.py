@@ -97,14 +97,23 @@ def test_it_writes_a_folder_and_tells_the_verdicts(weigh, own: Path, run: Path):
     found = weigh()
     assert found.code == 0
     lines = [re.split(r"  +", line.strip()) for line in found.out.splitlines()]
+    scale = examination.read_scale(own / "studies" / f"weighing-{run.name}")
+    assert re.match(
+        r"a model of [\d,]+ parameters \(d = 16, 1 layers, 2 heads\), trained on [\d,]+ tokens of Grammar in 2 steps", scale
+    )
     few = "too few prompts: 1, and an interval at 95 % takes 6; as the text is"
     assert lines == [
         ["what a model <weighs>"],
         [""],
         ["measured", "95 % interval", "claimed", "null", "n", "claim"],
         ["supported", "0.3333", "[0.25, 0.5]", "0 … 10", "0.25 (luck)", "8 prompts", "a third (S0 one)"],
+        ["numbers"],
         ["refuted", "12,346", "[12,000, 13,000]", "≤ 10", "–", "6 prompts", "too much (S2 9.1)"],
-        ["undecided", "8", "–", "≥ 3", "–", "1 prompts", f"few (S2 9.2): {few}"],
+        ["grams"],
+        ["undecided", "8", "–", "≥ 3", "–", "1 prompts", "few (S2 9.2)"],
+        [f"tokens; {few}"],
+        [""],
+        [f"of {scale}"],
         [""],
         ["A note."],
         ["Another."],
@@ -151,14 +160,17 @@ def test_the_folder_of_another_study_is_left_alone(weigh, own: Path):
 
 
 def test_a_glob_names_several_models(emformer, own: Path, run: Path):
-    for name in ("a", "b"):
-        shutil.copytree(run, own / "cells" / name)
+    shutil.copytree(run, own / "cells" / "a")
+    assert emformer("fit", "-c", "cells/a/config.yaml", "--training.seed", "1", "--run", "cells/b").code == 0
     (own / "cells" / "note.txt").mkdir()
     found = emformer("study", "weighing", "cells/*", "--import", "own")
     assert found.code == 0 and "wrote studies/weighing-a-and-1-more" in found.out and "8 models" in found.out
     chart = pd.read_csv(own / "studies/weighing-a-and-1-more/charts/weights.csv")
     assert chart["line"].tolist() == ["cells/a", "cells/b"]
     emformer("study", "weighing", "none/*", "--import", "own").refused("none/* matches no run")
+    shutil.copytree(run, own / "again")
+    emformer("study", "weighing", "cells/a", "again", "--out", "x", "--import", "own").refused("again and cells/a are one model")
+    assert emformer("study", "weighing", "cells/a", "./cells/a", "--import", "own").code == 0  # named twice, looked at once
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 8), (2, 4)])
-def test_kills_change_nothing(tmp_path: Path, workers: int, kills: int):
+@pytest.mark.parametrize(("workers", "kills"), [(0, 5), (2, 4)])
+def test_kills_change_nothing(tmp_path: Path, pytestconfig: pytest.Config, workers: int, kills: int):
+    if workers and not pytestconfig.getoption("thorough"):
+        pytest.skip("processes that load batches have nothing of their own to lose: with --thorough")
     script = Path(__file__).with_name("kills.py")
     done = subprocess.run(
         [sys.executable, str(script), str(tmp_path), str(workers), str(kills)],
