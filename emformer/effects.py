@@ -17,7 +17,7 @@ from scipy import special
 
 from emformer.comparison import PLACE, false_discoveries
 from emformer.intervals import FEWEST, LEVEL, bootstrap, bootstrap_each
-from emformer.plans import Plan
+from emformer.plans import Claim, Plan
 from emformer.verdicts import Verdict
 
 Levels = Mapping[str, str]
@@ -73,8 +73,8 @@ def effects(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         g                       J(n-1) m/s with J(k) = Gamma(k/2)/(sqrt(k/2) Gamma((k-1)/2)), Hedges' g of pairs: without bias for
                                 normal d, its null 0. In units of the spread of d, not of the outcome
         p                       of m = 0, two-sided: t = m sqrt(n)/s in Student's law of n - 1 degrees of freedom
-        corrected               p corrected for all tests of this frame together (Holm 1979): called different at 5 %, in 95 % of
-                                studies no contrast is that does nothing, whatever the others do
+        corrected               p corrected for all tests of this frame together that have seeds enough (Holm 1979): called
+                                different at 5 %, in 95 % of studies no contrast is that does nothing, whatever the others do
 
     The test is Student's, and not of flipped signs, which assumes less: of 6 seeds the smallest p of that is 1/32, and no
     correction for two tests or more leaves it below 5 %. The interval is of one comparison alone and not corrected: of many,
@@ -90,8 +90,8 @@ def effects(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
         `EFFECTS`, a row an outcome and contrast. n: seeds of which all cells ended with a finite number, of those `planned`;
         mean, of_baseline: of the outcome over these. enough: n >= 6. word: "differs" (enough, and corrected <= .05), "no
         difference found", "identical" (0 on every seed: nothing is tested), or "too few seeds", whatever the numbers say.
-        Undefined is nan: p for n < 2 and of identical cells, g for n < 3 and where d has no spread. Where d has no spread and is
-        not 0, p is 0.
+        Undefined is nan: p for n < 2 and of identical cells, corrected for n < 6, g for n < 3 and where d has no spread. Where d
+        has no spread and is not 0, p is 0.
     """
     found, grid = contrasts(plan), _outcomes(table, plan)
     cells, base = grid.sides(found)
@@ -100,7 +100,7 @@ def effects(table: pd.DataFrame, plan: Plan) -> pd.DataFrame:
     # of equal differences the draws differ by rounding, which is no interval
     columns["low"], columns["high"] = np.where(columns["sd"] == 0, columns["difference"], ends.T)
     columns["outcome"] = np.repeat(np.array(list(plan.outcomes), dtype=object), len(found))
-    columns["corrected"] = holm(columns["p"])
+    columns["corrected"] = holm(np.where(columns["n"] >= FEWEST, columns["p"], np.nan))
     return _frame(columns, "corrected", grid, found)[list(EFFECTS)]
 
 
@@ -137,18 +137,16 @@ def observables(records: pd.DataFrame, table: pd.DataFrame, plan: Plan) -> pd.Da
 
 def claims(table: pd.DataFrame, plan: Plan) -> list[Verdict]:
     """A verdict for each claim of a plan, with its interval over seeds: of the difference to the baseline, or to another outcome,
-    whose null is 0; or of the outcome itself. Each stands for itself, and is not corrected for the others."""
+    whose null is 0; or of the outcome itself. Each stands for itself, and is not corrected for the others. Where no seed differs
+    at all, a bound of 0 is neither kept nor broken."""
     grid = _outcomes(table, plan)
     found = []
     for name, one in plan.claims.items():
         levels = plan.whole(one.levels)
         base = plan.baselines(levels)[0] if one.difference else None
-        values = np.zeros(grid.there.shape[1])
-        for side, sign in ((levels, 1.0), (base, -1.0)):
-            if side is not None:
-                values += sign * grid.of_outcome(plan, one.outcome, side)
-                if one.minus is not None:
-                    values -= sign * grid.of_outcome(plan, one.minus, side)
+        values = _claimed(grid, plan, one, levels)
+        if base is not None:
+            values = values - _claimed(grid, plan, one, base)
         quantity = one.outcome if one.minus is None else f"{one.outcome} - {one.minus}"
         against = one.minus or ""
         if base is None:
@@ -174,19 +172,21 @@ def claims(table: pd.DataFrame, plan: Plan) -> list[Verdict]:
 
 
 def failures(table: pd.DataFrame, plan: Plan) -> list[str]:
-    """The controls of a plan that do not hold, a clause each: the mean over all seeds is out of range, or a cell has no value."""
+    """The controls of a plan that do not hold, a clause each: the mean over seeds is out of range, a cell that ended has no
+    value, or fewer ended than `FEWEST` (than were planned, where those are fewer). Cells that did not end are left out."""
     found = []
     for name, one in plan.controls.items():
         rows = table[table["outcome"] == one.outcome]
         for factor, level in plan.whole(one.levels).items():
             rows = rows[rows[factor] == level]
         least, most = (-math.inf if one.least is None else one.least), (math.inf if one.most is None else one.most)
-        value, lost = float(rows["value"].mean()), rows.loc[~np.isfinite(rows["value"].astype(float)), "cell"]
-        if not len(rows) or len(lost):
+        known = np.isfinite(rows["value"].astype(float))
+        value, lost, n = float(rows.loc[known, "value"].mean()), rows.loc[~known, "cell"], int(known.sum())
+        if (rows.loc[~known, "status"] == "finished").any() or n < max(1, min(FEWEST, len(rows))):
             which = f": {', '.join(lost[:3])}{' …' * (len(lost) > 3)}" if len(lost) else ""
             found.append(f"of '{name}' {len(lost)} of {len(rows)} cells have no {one.outcome}{which}")
         elif not least <= value <= most:
-            found.append(f"'{name}': {one.outcome} is {value:.4g} over {len(rows)} cells, not in [{least:g}, {most:g}]")
+            found.append(f"'{name}': {one.outcome} is {value:.4g} over {n} cells, not in [{least:g}, {most:g}]")
     return found
 
 
@@ -272,6 +272,12 @@ class _Grid(NamedTuple):
 def _outcomes(table: pd.DataFrame, plan: Plan) -> _Grid:
     which = table["outcome"].map({name: k for k, name in enumerate(plan.outcomes)}).to_numpy(int)
     return _Grid.of(table, plan, len(plan.outcomes), which, table["cell"], table["value"].to_numpy(float))
+
+
+def _claimed(grid: _Grid, plan: Plan, one: Claim, levels: Levels) -> np.ndarray:
+    """(S,) of what a claim is of, in these cells."""
+    values = grid.of_outcome(plan, one.outcome, levels)
+    return values if one.minus is None else values - grid.of_outcome(plan, one.minus, levels)
 
 
 def _frame(

@@ -35,6 +35,8 @@ PLACES = ("layer", "point", "head", "cloud", "param")  # of a record
 NAME = re.compile(r"[\w.+-]+( [\w.+-]+)*")  # of factors and levels, which name folders
 TAKEN = ("cell", "seed", "status", "outcome", "value", "se", "n", "step")  # columns of a study's table
 ENGINES = "studies.engines"
+LONGEST = 225  # bytes of a cell's name: 255 of a file's, less what a partial file adds
+NUMBER = "-1.7976931348623157e+308"  # the longest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Measure:
         record: instead of it a key of the records, as wgf.omega.
         at: the "last" value; of a metric also the "best", which is the least; of a record also the "first".
         where: of a record the rows that count, as {point: attn, layer: 2}; a place that is not named is one that has none (head,
-            param) or is averaged over (layer, point, cloud). "any": averaged over too.
+            param) or is averaged over (layer, point, cloud). "any": averaged over too. {layer: last}: the last that has rows.
     """
 
     metric: str | None = None
@@ -86,7 +88,7 @@ class Claim:
     """What somebody says of a factor: the paired difference of these levels to their baseline lies in [least, most].
 
     Args:
-        source: who says so, as "S2 9.4".
+        source: who says so, as "S2 9.4"; "ours" where nobody does.
         outcome: a name of `outcomes`.
         levels: {factor: level} of the cells; every factor that is not named is at its baseline.
         minus: another outcome, taken off in each cell: the claim is then of `outcome - minus`.
@@ -191,6 +193,12 @@ class Plan:
                 raise UserError(f"the factor '{name}' has the name of a column of the results; choose another name.")
             if len(levels) < 2:
                 raise UserError(f"the factor '{name}' has {len(levels)} level, and nothing to compare; give it at least two.")
+        longest = {name: max(levels, key=_size) for name, levels in self.factors.items()} or dict.fromkeys(self.search, NUMBER)
+        if (size := _size(_cell_name(longest, self.seeds - 1))) > LONGEST:
+            raise UserError(
+                f"names of cells are made of factors and levels, and the longest has {size} bytes, {size - LONGEST} more than a "
+                "folder takes: use shorter names."
+            )
         for kind, named in (("control", self.controls), ("claim", self.claims)):
             if named and self.search:
                 raise UserError(f"a search has no levels that a {kind} could be of; leave out '{next(iter(named))}'.")
@@ -250,7 +258,7 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """Of its folder, as "position=none,seed=0"."""
-        return ",".join(f"{key}={value}" for key, value in (*self.levels.items(), ("seed", self.seed)))
+        return _cell_name(self.levels, self.seed)
 
 
 def read_plan(file: str | Path, *words: str, scale: str | None = None, prog: str = "emformer ablate") -> Plan:
@@ -262,6 +270,8 @@ def read_plan(file: str | Path, *words: str, scale: str | None = None, prog: str
     load_parts((ENGINES,))
     path, parser = Path(file), plan_parser(prog)
     content = read_yaml(path)
+    if "engine" not in content and next((word for word in words if word.startswith("--engine")), "").startswith("--engine."):
+        content = {**content, "engine": {"class_path": "Local"}}  # whose options are given alone
     with tempfile.TemporaryDirectory(prefix="emformer-") as folder:
         whole = _written(Path(folder) / path.name, content)
         try:
@@ -323,6 +333,14 @@ def resolve(plan: Plan, levels: Mapping[str, str], *more: Mapping[str, Any]) -> 
 def written(plan: Plan) -> str:
     """The plan as the text of a file, every field in it."""
     return yaml.safe_dump(parts.plain(plan), sort_keys=False, allow_unicode=True)
+
+
+def _cell_name(levels: Mapping[str, str], seed: int) -> str:
+    return ",".join(f"{key}={value}" for key, value in (*levels.items(), ("seed", seed)))
+
+
+def _size(text: str) -> int:
+    return len(text.encode())
 
 
 def _scaled(plan: Plan, scale: str | None, path: Path) -> Plan:

@@ -71,9 +71,11 @@ def subject(
     labelled: bool = True,
     objective: parts.Objective | None = None,
     seed: int = 0,
+    begun: int = 0,
     name: str = "made",
 ) -> Subject:
-    """A subject of this model: `prompts` of `length` tokens of the grammar, side by side, or those that are given."""
+    """A subject of this model: `prompts` of `length` tokens of the grammar, side by side, or those that are given. `begun`: the
+    seed of its run, and so of its untrained twin."""
     known = text()
     classes: tuple[str, ...] = ()
     if tokens is None:
@@ -85,7 +87,7 @@ def subject(
     settings = Settings(
         model=net.settings,
         data=Data(corpus=CORPUS, tokenizer=BPE(vocab=VOCAB - 1)),
-        training=Training(objective=objective or NextToken(), optimizer=AdamW()),
+        training=Training(objective=objective or NextToken(), optimizer=AdamW(), seed=begun),
     )
     loaded = Loaded(net.eval(), known.tokenizer, settings, Path(name), 0)
     return Subject(name, loaded, tokens, labels, classes, torch.arange(len(tokens)), seed)

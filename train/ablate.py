@@ -13,6 +13,7 @@ import pandas as pd
 import emformer as emf
 from emformer import figures
 from emformer.figures.charts import draw
+from emformer.studies.ablation import default
 from emformer.theory.outcome import Curves
 
 options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +25,7 @@ options.add_argument("--out", help="the folder; finished cells in it are not run
 def main() -> None:
     given, words = options.parse_known_args()
     plan = emf.read_plan(given.study, *words, scale=given.scale)
-    folder = emf.ablate(plan, out=given.out or Path("ablations") / Path(given.study).stem)
+    folder = emf.ablate(plan, out=given.out or default(Path(given.study), given.scale))
 
     table = pd.read_csv(folder / "table.csv", keep_default_na=False, na_values=[""])
     print(table.pivot_table("value", list(plan.factors), "outcome", aggfunc=["mean", "std"], sort=False).round(4).to_string())

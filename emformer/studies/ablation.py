@@ -70,12 +70,12 @@ def ablate(
     else:
         file, plan = Path(plan), plans.read_plan(plan, scale=scale)
         folder = Path(out) if out is not None else default(file, scale)
-    study = Study(folder, plan)
+    study, found = Study(folder, plan), [] if plan.search else plans.cells(plan)  # a setting that is none leaves no folder
     with study.begun():
         if plan.search:
             search.run(study, modules)
         else:
-            study.run(plans.cells(plan), modules)
+            study.run(found, modules)
         write_results(study, report)
         if report:
             _show(study)

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from emformer import parts, plans
 from emformer.parts import UserError
 from emformer.plans import Cell, Plan
-from emformer.records import Run, write_atomically
+from emformer.records import Run, read_settings, write_atomically
 from emformer.studies.cell import alone
 from emformer.studies.engines.local import Local
 from emformer.studies.jobs import Event, Job
@@ -65,7 +65,7 @@ class Study:
         """A context in which this process alone works on the folder. Raises `UserError` where another does, or for a folder that
         is no study."""
         marker = self.path / "study.yaml"
-        if self.path.is_file() or (self.path.is_dir() and not marker.exists() and any(self.path.iterdir())):
+        if self.path.is_file() or (self.path.is_dir() and not marker.exists() and not all(map(_begun, self.path.iterdir()))):
             raise UserError(f"{self.path} exists and is no ablation study; choose another --out folder.")
         self.path.mkdir(parents=True, exist_ok=True)
         return alone(self.path / ".lock", f"{self.path} is being worked on by another process; wait for it, or stop it.")
@@ -101,11 +101,11 @@ class Study:
         """Plan, cells and their settings. Raises `UserError`, with nothing written, where a cell has other settings now."""
         texts = {cell.name: yaml.safe_dump(parts.plain(cell.settings), sort_keys=False, allow_unicode=True) for cell in cells}
         for name, text in texts.items():
-            path = self.config(name)
-            if path.exists() and path.read_text(encoding="utf-8") != text:
+            if not _equal(self.config(name), text):
                 raise UserError(
                     f"the cell {name} of {self.path} was begun with other settings; choose another --out, or remove that folder."
                 )
+        write_atomically(self.path / "study.yaml", plans.written(self.plan))  # first: by it a folder is known
         for part in ("configs", "cells", "logs", "finished"):
             (self.path / part).mkdir(exist_ok=True)
         for name, text in texts.items():
@@ -114,7 +114,6 @@ class Study:
         told = {one["name"]: one for one in self.cells}
         told |= {cell.name: {"name": cell.name, "levels": dict(cell.levels), "seed": cell.seed} for cell in cells}
         write_atomically(self.path / "cells.json", json.dumps(list(told.values()), indent=1) + "\n")
-        write_atomically(self.path / "study.yaml", plans.written(self.plan))
         Run(self.path).write_environment(0, cells=len(told))
 
     def _tokenise(self, cells: Sequence[Cell]) -> None:
@@ -181,6 +180,21 @@ def stoppable() -> Generator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _begun(path: Path) -> bool:
+    """Whether a study that was stopped before it had a study.yaml has left this there."""
+    return path.name == ".lock" or path.name.startswith(".study.yaml.")
+
+
+def _equal(path: Path, text: str) -> bool:
+    """Whether settings were not written yet, or are these; what an older version did not know is at its default."""
+    if not path.exists() or path.read_text(encoding="utf-8") == text:
+        return True
+    try:
+        return parts.plain(read_settings(path)) == yaml.safe_load(text)
+    except UserError:
+        return False
 
 
 def last_step(metrics: Path) -> int:

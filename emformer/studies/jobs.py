@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -66,6 +67,9 @@ def stop(processes: Sequence[subprocess.Popen], grace: float = GRACE) -> None:
     for process in processes:
         if process.poll() is None:
             process.kill()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)  # what it holds is free only then
 
 
 def killed(code: int) -> bool:

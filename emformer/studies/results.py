@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,12 @@ from emformer.files import replaced
 from emformer.parts import UserError
 from emformer.plans import Measure
 from emformer.recordings import read_records
-from emformer.records import Run
+from emformer.records import Run, read_journal
 from emformer.studies.cells import Study
 from emformer.studies.examination import frame, read_verdicts
 
 COLUMNS = ("outcome", "value", "se", "n", "step")  # after cell, the factors, seed and status
-RESULTS = ("effects.csv", "verdicts.csv", "observables.csv", "report.html")  # none of them where a control has failed
+RESULTS = ("effects.csv", "verdicts.csv", "observables.csv", "report.html", "figures/*.png")  # none where a control has failed
 WHOLE = ("seed", "n", "step", "planned", "tests", "layer", "head")
 FLOATS = ("value", "se", "mean", "of_baseline", "difference", "low", "high", "g", "p", "corrected", "q")
 NAMED = 6  # cells that a summary names
@@ -39,10 +41,10 @@ def write_results(study: Study, report: bool = True) -> None:
         found.to_parquet(partial, engine="pyarrow", index=False)
     broken = effects.failures(found, plan)
     if broken or found["value"].notna().sum() == 0:
-        for name in RESULTS:
-            (study.path / name).unlink(missing_ok=True)
+        for old in [path for name in RESULTS for path in study.path.glob(name)]:
+            old.unlink()
         if not broken:
-            raise UserError(f"no cell of {study.path} ended with an outcome; what they said is in {study.path / 'logs'}.")
+            raise UserError(f"no cell of {study.path} ended with an outcome; {_known(study)}.")
         raise UserError(
             f"no result of {study.path} is shown, for a control does not hold: {'; '.join(broken)}. All numbers are in table.csv."
         )
@@ -59,6 +61,20 @@ def write_results(study: Study, report: bool = True) -> None:
             (study.path / name).unlink(missing_ok=True)
 
 
+def _known(study: Study) -> str:
+    """What there is in place of the outcomes of a plan: what finished cells have, or what failed ones said."""
+    ended = [study.run_of(one["name"]) for one in study.cells if study.done(one["name"]).exists()]
+    if not ended:
+        return f"what they said is in {study.path / 'logs'}"
+    rows = read_journal(ended[0].metrics) if ended[0].metrics.exists() else []
+    keys = dict.fromkeys(key for row in rows for key in row if key != "step")
+    if ended[0].records.exists() or ended[0].parquet.exists():
+        keys |= dict.fromkeys(read_records(ended[0].path)["key"].astype(str))
+    asked = ", ".join(str(one.metric or one.record) for one in study.plan.outcomes.values())
+    near = [key for one in study.plan.outcomes.values() for key in get_close_matches(str(one.metric or one.record), keys, 1)]
+    return f"those that finished have no {asked}" + (f"; did you mean {', '.join(near)}?" * bool(near)).removesuffix("?")
+
+
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
     """A frame as CSV, at once, with the same bytes on every system."""
     text = io.StringIO()
@@ -69,7 +85,9 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 def table(study: Study) -> pd.DataFrame:
     """One row a cell and outcome: cell, the level of every factor, seed, status ("finished", "failed", "missing"), outcome,
-    value, its standard error within the cell (nan where it has none), n prompts (0: of no prompts) and the step it is of.
+    value, its standard error within the cell (nan where it has none), n prompts (0: of no prompts) and the step it is of. A cell
+    that lacks a number at a place, as a layer, where another seed of its levels has one has no value: its average would be of
+    other places.
 
     Nothing in it depends on where or when the study ran: equal studies give equal bytes.
     """
@@ -79,20 +97,25 @@ def table(study: Study) -> pd.DataFrame:
         finished = study.done(one["name"]).exists()
         status = "finished" if finished else "failed" if one["name"] in study.failed else "missing"
         for name, measure in study.plan.outcomes.items():
-            value = measured(run, measure) if finished else {"value": np.nan, "se": np.nan, "n": 0, "step": -1}
+            value = measured(run, measure) if finished else {"value": np.nan, "se": np.nan, "n": 0, "step": -1, "places": 0}
             rows.append({"cell": one["name"], **one["levels"], "seed": one["seed"], "status": status, "outcome": name, **value})
     factors = list(study.plan.factors or study.plan.search)
-    return pd.DataFrame(rows, columns=["cell", *factors, "seed", "status", *COLUMNS])
+    found = pd.DataFrame(rows, columns=["cell", *factors, "seed", "status", *COLUMNS, "places"])
+    most = found.groupby([*factors, "outcome"])["places"].transform("max")
+    found.loc[found["places"] < most, ["value", "se"]] = np.nan
+    return found.drop(columns="places")
 
 
 def measured(run: Run, measure: Measure) -> dict[str, Any]:
-    """{"value", "se", "n", "step"} of one outcome of a run; nan where it has none."""
-    nothing = {"value": np.nan, "se": np.nan, "n": 0, "step": -1}
+    """{"value", "se", "n", "step", "places"} of one outcome of a run: nan where it has none. Of a record it is the mean over the
+    places that have a number at its step, so many."""
+    nothing = {"value": np.nan, "se": np.nan, "n": 0, "step": -1, "places": 0}
     if measure.metric is not None:
         curve = run.curve(measure.metric) if run.metrics.exists() else {}
-        if not curve:
+        known = curve if measure.at == "last" else {step: value for step, value in curve.items() if math.isfinite(value)}
+        if not known:
             return nothing
-        step = max(curve) if measure.at == "last" else min(curve, key=lambda step: curve[step])
+        step = max(known) if measure.at == "last" else min(known, key=lambda step: known[step])
         return nothing | {"value": float(curve[step]), "step": step}
     try:
         rows = _rows(read_records(run.path), measure)
@@ -100,14 +123,19 @@ def measured(run: Run, measure: Measure) -> dict[str, Any]:
         return nothing
     if not len(rows):
         return nothing
+    step, rows = int(rows["step"].iloc[0]), rows[rows["mean"].notna()]
+    if not len(rows):
+        return nothing | {"step": step}
     # an average over rows of the same prompts: their errors do not average out
     se = float(rows["se"].mean()) if rows["se"].notna().all() else np.nan
-    return {"value": float(rows["mean"].mean()), "se": se, "n": int(rows["n_valid"].min()), "step": int(rows["step"].iloc[0])}
+    return {"value": float(rows["mean"].mean()), "se": se, "n": int(rows["n_valid"].min()), "step": step, "places": len(rows)}
 
 
 def _rows(records: pd.DataFrame, measure: Measure) -> pd.DataFrame:
-    rows = records[(records["key"] == measure.record) & records["mean"].notna()]
+    """The rows that an outcome is the mean of: all of one step, those without a number too."""
+    rows = records[records["key"] == measure.record]
     for place, wanted in measure.where.items():
+        wanted = rows["layer"].max() if (place, wanted) == ("layer", "last") else wanted
         if wanted != "any":
             rows = rows[rows[place].isna() if wanted is None else (rows[place] == wanted).fillna(False)]
     for place in ("head", "param"):

@@ -96,17 +96,14 @@ def generator(*key: Any) -> torch.Generator:
 # Operators ------------------------------------------------------------------------------------------------------------
 
 
-class Shifted(Operator):
-    """D^h_i = F_h m_i^h + mean^h_i: a content with a constant (H, T, d) for each head and position, counted from position 0."""
+class Wrapper(Operator):
+    """An operator that does as the one inside it, but for what a subclass makes of it."""
 
-    mean: Tensor
-
-    def __init__(self, inner: Operator, mean: Tensor):
+    def __init__(self, inner: Operator):
         super().__init__(inner.dim, inner.heads, inner.groups, inner.rank, {})
         self.identity_right = inner.identity_right
         self.setup_macs, self.setup_back = inner.setup_macs, inner.setup_back
         self.inner = inner
-        self.register_buffer("mean", mean)
 
     @property
     def macs(self) -> int:
@@ -131,14 +128,32 @@ class Shifted(Operator):
         return self.inner.project(m)
 
     def lift_heads(self, z: Mixture) -> HeadClouds:
+        return self.inner.lift_heads(z)
+
+    def lift(self, z: Mixture) -> Cloud:
+        return self.inner.lift(z)
+
+    def matrix(self) -> Matrices:
+        return self.inner.matrix()
+
+
+class Shifted(Wrapper):
+    """D^h_i = F_h m_i^h + mean^h_i: a content with a constant (H, T, d) for each head and position, counted from position 0.
+
+    Its `matrix` is F, without the constant.
+    """
+
+    mean: Tensor
+
+    def __init__(self, inner: Operator, mean: Tensor):
+        super().__init__(inner)
+        self.register_buffer("mean", mean)
+
+    def lift_heads(self, z: Mixture) -> HeadClouds:
         return self.inner.lift_heads(z) + self.mean[:, : z.shape[2]]
 
     def lift(self, z: Mixture) -> Cloud:
         return self.inner.lift(z) + self.mean[:, : z.shape[2]].sum(0)
-
-    def matrix(self) -> Matrices:
-        """F, without the constant."""
-        return self.inner.matrix()
 
 
 class FromTheStart(PositionMap):

@@ -30,6 +30,7 @@ from emformer.plans import Claim, Control, Measure, Plan
 
 LOSS = {"loss": Measure(metric="val_loss")}
 TABLES = 1000
+BOUNDS = ("least", "most")
 
 
 def plan(factors: Mapping[str, str], outcomes: str = "loss", **more: Any) -> Plan:
@@ -201,22 +202,29 @@ def test_a_thousand_studies_with_one_effect():
     Errors in what does nothing: at most 5 % of studies have any. The planted one: Student's t is that of the non-central law, so
     its p falls below any level at a known rate, and it is found at least as often as Bonferroni's level would find it.
     """
-    n, noise, delta = 6, 0.5, 2.0
-    study = plan({"f": "x y z", "g": "u v"}, "a b")
-    table = filled(study, n, lambda levels, *_: delta * (levels["f"] == "y"))
-    truth = np.where(table["outcome"] == "a", table["value"], 0.0)
-    random = np.random.default_rng(4)
-    seeds = table["seed"].to_numpy() + n * (table["outcome"] == "b").to_numpy()
-    told = {name: [] for name in ("word", "p", "difference", "low", "high")}
-    for _ in range(TABLES):
-        shared = 5 * noise * random.normal(size=2 * n)
-        found = effects(table.assign(value=truth + shared[seeds] + noise * random.normal(size=len(table))), study)
-        for name, values in told.items():
-            values.append(found[name].to_numpy())
-    said = np.array(told["word"]) == DIFFERS
-    p, difference, low, high = (np.array(told[name])[:, 1] for name in ("p", "difference", "low", "high"))
-    nothing = ~((found["outcome"] == "a") & found["level"].str.contains("y")).to_numpy()
-    assert found.loc[1, ["outcome", "contrast"]].tolist() == ["a", "f=y against x"] and len(found) == 16
+    n, noise, delta, together = 6, 0.5, 2.0, 50
+    factors, random, found = {"f": "x y z", "g": "u v"}, np.random.default_rng(4), []
+    many = plan(factors, " ".join(f"{out}{k:02}" for k in range(together) for out in "ab"))  # studies side by side: a00 b00 a01 …
+    table = filled(many, n, lambda levels, _, outcome: delta * (levels["f"] == "y") * (outcome[0] == "a"))
+    seeds = table["seed"] + n * table["outcome"].map(list(many.outcomes).index)
+    for _ in range(TABLES // together):
+        shared = 5 * noise * random.normal(size=2 * n * together)
+        drawn = table.assign(value=table["value"] + shared[seeds] + noise * random.normal(size=len(table)))
+        found.append(effects(drawn, many))
+    p, difference, low, high = (
+        np.concatenate([some[name].to_numpy().reshape(-1, 16) for some in found]) for name in ("p", "difference", "low", "high")
+    )
+    said = np.array([holm(one) <= LEVEL for one in p])
+    for k in range(5):  # one of them by itself is corrected for itself
+        names = {f"a{k:02}": "a", f"b{k:02}": "b"}
+        own = drawn[drawn["outcome"].isin(list(names))]
+        single = effects(own.assign(outcome=own["outcome"].map(names)), plan(factors, "a b"))
+        at = TABLES - together + k
+        np.testing.assert_allclose(single["p"], p[at], rtol=1e-9)
+        assert ((single["word"] == DIFFERS) == said[at]).all()
+    nothing = ~((single["outcome"] == "a") & single["level"].str.contains("y")).to_numpy()
+    assert single.loc[1, ["outcome", "contrast"]].tolist() == ["a", "f=y against x"] and len(single) == 16
+    p, difference, low, high = p[:, 1], difference[:, 1], low[:, 1], high[:, 1]
 
     def error(share: float) -> float:
         return 3 * math.sqrt(share * (1 - share) / TABLES)
@@ -305,6 +313,22 @@ def test_claims_are_of_paired_differences():
     assert [one.quantity for one in found[5:]] == ["a - b: f=y against x", "a at f=y", "a - b at the baseline"]
 
 
+def test_no_claim_is_made_of_what_changes_nothing():
+    """A difference that is 0 on every seed supports neither of two opposite claims, whatever is rounded on the way."""
+    asked = {
+        f"{minus} {bound}": claim(minus=minus, **({"least": None} | {bound: 0.0})) for minus in (None, "b") for bound in BOUNDS
+    }
+    asked |= {"itself": claim(difference=False, least=0.0), "near": claim(least=-0.1, most=0.1), "far": claim(least=0.1)}
+    study = plan({"f": "x y"}, "a b", claims=asked)
+    random = np.random.default_rng(11)
+    same = random.normal(size=(2, 6)) / 3
+    found = {
+        one.claim: one.word for one in claims(filled(study, 6, lambda _, seed, out: abs(same["ab".index(out), seed])), study)
+    }
+    assert [found.pop(name) for name in list(asked)[:4]] == ["undecided"] * 4
+    assert found == {"itself": "supported", "near": "supported", "far": "refuted"}
+
+
 def test_a_claim_from_the_opposite_corner():
     corners = plan({"f": "x y", "g": "u v", "h": "a b"}, "a", design="corners", claims={"": claim(levels={"g": "v", "h": "b"})})
     table = filled(corners, 6, lambda levels, seed, _: seed + {"y": 5.0}.get(levels["f"], 0) * (levels["g"] == "v"))
@@ -332,6 +356,17 @@ def test_controls():
     assert changed("y", "b", [0], 1e-5) == ["'b is small': b is 2.5e-06 over 4 cells, not in [-inf, 1e-06]"]
     assert changed("y", "b", [1], np.nan) == ["of 'b is small' 1 of 4 cells have no b: f=y,seed=1"]
     assert len(changed("x", "a", [0, 1, 2, 3], np.inf)) == 1 and len(changed("x", "b", [0, 1, 2, 3], np.nan)) == 0
+    crashed = table.assign(
+        status=table["status"].mask(table["seed"] == 0, "failed"), value=table["value"].mask(table["seed"] == 0)
+    )
+    assert len(failures(crashed, study)) == 3, "three seeds of four are too few"
+    eight = filled(study, 8, lambda levels, seed, outcome: 10.0 * (levels["f"] == "y") * (outcome == "a"))
+    gone = eight["seed"] < 2
+    assert len(failures(eight.assign(value=eight["value"].mask(gone)), study)) == 3, "they ended without a number"
+    eight = eight.assign(value=eight["value"].mask(gone), status=eight["status"].mask(gone, "failed"))
+    assert failures(eight, study) == [], "six of eight are enough"
+    eight["value"] += 1
+    assert failures(eight, study)[0] == "'zero': a is 1 over 6 cells, not in [-0.5, 0.5]"
     both = failures(table.assign(value=np.nan), study)
     assert len(both) == 3 and all("4 of 4 cells" in one for one in both)
     assert failures(table[table["f"] == "y"], study) == ["of 'zero' 0 of 0 cells have no a"]

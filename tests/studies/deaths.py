@@ -95,7 +95,9 @@ def plan(folder: Path, **changes) -> Plan:
     """Two levels and two seeds of a tiny model, each cell a second or two; validated and saved often."""
     settings = yaml.safe_load((HOME / "configs" / "smoke.yaml").read_text())
     settings["model"] |= {"depth": 1}
-    settings["data"] |= {"corpus": {"class_path": "Grammar", "init_args": {"sentences": 300}}, "cache": str(folder / "cache")}
+    text = folder / "text.txt"
+    text.write_text("\n\n".join(f"{k} times {k} is {k * k}, no more." for k in range(600)), encoding="utf-8")
+    settings["data"] |= {"corpus": {"class_path": "File", "init_args": {"path": str(text)}}, "cache": str(folder / "cache")}
     settings["training"] |= {"max_steps": STEPS, "validate_every": 10, "save_every": 5, "sample": 0, "accelerator": "cpu"}
     base = folder / "base.yaml"
     base.write_text(yaml.safe_dump(settings))
@@ -156,6 +158,12 @@ def free(out: Path) -> bool:
     return True
 
 
+def training(out: Path) -> bool:
+    """Whether a cell has a checkpoint, and has not ended."""
+    begun = {path.parents[1].name for path in (out / "cells").glob(LAST)}
+    return bool(begun - {path.stem for path in out.glob(DONE)}) or len(list(out.glob(DONE))) == CELLS
+
+
 def kept(out: Path) -> dict[str, tuple[bytes, int]]:
     """What finished cells have: the bytes of their figures and weights, and when they were written."""
     found = {}
@@ -167,7 +175,9 @@ def kept(out: Path) -> dict[str, tuple[bytes, int]]:
 
 def main() -> None:
     folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-    jobs.subprocess = SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+    jobs.subprocess = SimpleNamespace(
+        Popen=Forked, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT, TimeoutExpired=subprocess.TimeoutExpired
+    )
     whole, killed, stopped, one = folder / "whole", folder / "killed", folder / "stopped", plan(folder)
     said: dict[str, object] = {}
 
@@ -183,9 +193,9 @@ def main() -> None:
     for k in range(kills):
         pid = study(one, killed)
         if k:
-            time.sleep(draw.uniform(0.6, 1.4) / kills * length)
+            time.sleep(draw.uniform(0.3, 0.6) * length)
         else:  # the first strikes while a cell trains, for sure
-            while not list((killed / "cells").glob(LAST)):
+            while not training(killed):
                 time.sleep(0.01)
         while k % 2 and len(list(killed.glob(DONE))) < CELLS:  # a cell, and a moment later the study
             with contextlib.suppress(ProcessLookupError, IndexError):
@@ -207,9 +217,11 @@ def main() -> None:
     said["resumed"] = sum("resumed" in path.read_text() for path in (killed / "cells").glob("*/environment.json"))
 
     pid = study(one, stopped)
-    while not list((stopped / "cells").glob(LAST)):
+    while not (stopped / "study.yaml").exists():
         time.sleep(0.01)
     said["second"] = code(study(one, stopped))  # while the first is at work
+    while not training(stopped):
+        time.sleep(0.01)
     os.kill(pid, signal.SIGTERM)
     said |= {"stopped": code(pid), "free": free(stopped)}
     said["checkpoint"] = any("stopped at step" in path.read_text() for path in (stopped / "logs").glob("*.txt"))

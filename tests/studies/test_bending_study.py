@@ -55,10 +55,10 @@ def test_in_a_linear_model_deflections_are_as_large_as_edits():
     raw, gain, turned, trained, causal = found.verdicts
     assert raw.measured.value == pytest.approx(float(expected.mean()), abs=1e-4) and raw.word == "supported"
     assert raw.measured.n == len(made.prompts) > P // 2
-    assert f"the edit itself has log(far/near) {raw.measured.value:+.3g}" in raw.why and "p = 0.00025" in raw.why
+    assert f"the edit itself has log(far/near) {raw.measured.value:+.3g}" in raw.why and "p = 0.00024" in raw.why
     assert gain.measured.value == pytest.approx(0, abs=1e-4), "nothing but size"
-    assert turned.word == "supported" and trained.word == "supported"
-    assert causal.word == "supported" and causal.measured[:3] == (0.0, 0.0, 0.0)
+    assert turned.word == "supported" and trained.word == "supported" and "one draw of untrained weights" in trained.why
+    assert causal.word == "holds" and causal.measured[:3] == (0.0, 0.0, 0.0)
     near = bend(net, tokens, made, "near", True)
     states = capture(net, tokens[made.prompts]).clouds
     for k, (place, size) in enumerate(zip(made.places, sizes["near"], strict=True)):
@@ -138,7 +138,9 @@ def test_no_word_to_change_is_said():
 
 def test_permutations_ratios_and_angles():
     groups = [np.array([0, 0, 1, 2])]
-    assert permuted([np.array([1.0, 1.0, 2.0, 3.0])], groups, 0) == pytest.approx(1 / 8, abs=0.02)
+    assert permuted([np.array([1.0, 1.0, 2.0, 3.0])], groups, 0) == 1 / 8
+    assert permuted([np.array([1.0, 1.0, 2.0, 3.0])] * 5, groups * 5, 0) == 1 / 8, "the same prompts are no new ones"
+    assert permuted([np.array([1.0, -2.0, 2.0, 3.0])] * 6, groups * 6, 0) == 1 / 64, "models are the units"
     assert permuted([np.array([1.0, -1.0, math.nan, 0.0])], groups, 0) == 1.0
     assert math.isnan(permuted([np.full(4, math.nan)], groups, 0))
     found = log_ratio(np.array([2.0, 0.0, 1.0]), np.array([1.0, 1.0, math.nan]))

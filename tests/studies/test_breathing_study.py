@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,18 +13,30 @@ from torch import Tensor, nn
 
 from emformer.block import Parallel
 from emformer.ffn import GELU
-from emformer.geometry.breathing import AGREEMENT
+from emformer.geometry.breathing import AGREEMENT, Change
 from emformer.geometry.neighbours import nearest
 from emformer.model import Emformer
 from emformer.norms import RMSNorm
 from emformer.operators import Dense
 from emformer.parts import UserError
 from emformer.placements import PostNorm, SandwichNorm, Sphere
-from emformer.studies.claims.breathing import Sawtooth, _measure, _verdicts, _views, flips, flow, instead, noise
+from emformer.studies.claims.breathing import (
+    Measured,
+    Sawtooth,
+    Signs,
+    _balance,
+    _measure,
+    _signs,
+    _verdicts,
+    _views,
+    flow,
+    instead,
+    noise,
+)
 from emformer.studies.subjects import Subject
 from emformer.verdicts import Findings
 
-N, D, K = 160, 16, 4
+N, D, K = 128, 16, 4
 
 
 class Map(nn.Module):
@@ -81,12 +92,13 @@ def breathes() -> Findings:
 
 def test_a_planted_sawtooth_is_supported():
     found = breathes()
-    strict, usual, amplitude, different, training, *_ = found.verdicts
+    strict, balance, amplitude, different, training, *_ = found.verdicts
     assert strict.word == "supported" and strict.measured[:3] == (1.0, 1.0, 1.0) and strict.measured.of == "prompts"
-    assert usual.word == "undecided" and usual.measured.n == 2 and "p = 0.25" in usual.why and usual.null == 0.25
+    assert balance.word == "undecided" and balance.measured[:3] == (1.0, 1.0, 1.0), "two blocks are no more than two tosses"
+    assert "too few models: 1" in balance.reason and "sign flips of blocks: p = 0.5" in balance.why
     assert amplitude.word == "supported" and amplitude.measured.value == pytest.approx(math.log(2), abs=0.35)
     assert different.measured[:3] == pytest.approx(amplitude.measured[:3]), "all words are different here"
-    assert training.word == "supported"
+    assert training.word == "supported" and "one draw of untrained weights" in training.why
     change = found.charts["change"].frame
     attention = change[(change["panel"] == "attention") & (change["line"] == "trained")]["y"]
     assert attention.tolist() == pytest.approx([math.log(2)] * 2, abs=0.4)
@@ -116,8 +128,8 @@ def test_repeated_words_are_left_out_and_told():
     found = study(subject(net, prompts(repeated=100)))
     strict, _, amplitude, different, *_ = found.verdicts
     for layer in (0, 1):
-        assert f"layer {layer} of made: 62% of the points repeat another" in strict.why
-        assert f"layer {layer} of made: 62% of the points repeat another." in found.note
+        assert f"layer {layer} of made: 77% of the points repeat another" in strict.why
+        assert f"layer {layer} of made: 77% of the points repeat another." in found.note
     assert "layer 0.5 " not in strict.why
     assert all(math.isnan(one.measured.value) for one in (strict, amplitude)) and strict.reason == strict.why
     assert different.measured.n == N - 99 and different.word == "supported"
@@ -125,16 +137,65 @@ def test_repeated_words_are_left_out_and_told():
     assert dims[(dims["x"] == 0)]["y"].isna().all() and dims[dims["x"] == 0.5]["y"].notna().all()
 
 
+@functools.cache
+def measured() -> Measured:
+    """One block that breathes."""
+    return _measure(subject(planted(KEEP + KEEP + DROP + DROP, depth=1), prompts()[:80]), 100, lambda share, word: None)
+
+
 def test_six_models_are_the_units():
-    one = _measure(subject(planted(KEEP + KEEP + DROP + DROP, depth=1), prompts()[:80]), 200, lambda share, word: None)
-    strict, usual, amplitude, *_ = _verdicts([one] * 6, 0)
-    assert strict.measured.of == "prompts" and strict.measured.low <= strict.measured.value
-    assert (usual.measured.n, usual.measured.of) == (6, "models") == (amplitude.measured.n, amplitude.measured.of)
-    assert amplitude.word == "supported" and f"{0.5**6:.2g}" in usual.why
-    (_, _, few, *_), (_, _, alone, *_) = _verdicts([one] * 4, 0), _verdicts([one], 0)
-    assert few.measured.of == "prompts" and few.measured.value == pytest.approx(alone.measured.value)
-    width, usual_width = (one.measured.high - one.measured.low for one in (few, alone))
-    assert width == pytest.approx(usual_width / 2), "four independent models"
+    one = measured()
+    strict, balance, amplitude, _, training, *_ = _verdicts([one] * 6, 0)
+    assert strict.word == balance.word == amplitude.word == "supported"
+    assert all(found.measured[3:] == (6, "models") for found in (strict, balance, amplitude))
+    assert f"p = {2 * 0.5**6:.2g}" in balance.why and "draw" not in training.why
+
+
+def test_prompts_that_several_models_saw_are_no_new_prompts():
+    (_, _, few, *_), (_, _, alone, *_) = _verdicts([measured()] * 4, 0), _verdicts([measured()], 0)
+    assert few.measured[:3] == pytest.approx(alone.measured[:3]) and few.measured[3:] == alone.measured[3:]
+
+
+@pytest.mark.parametrize("blocks", [8, 300])
+def test_a_clear_sawtooth_is_beyond_doubt_however_many_blocks_there_are(blocks: int):
+    """A change of 8 standard errors is one among 600 signs too; one of 2.5 is not."""
+
+    def signs(size: float) -> Signs:
+        value, p = torch.full((blocks,), size, dtype=torch.float64), torch.full((blocks,), 1 / 101, dtype=torch.float64)
+        up = Change(value, torch.ones_like(value), value - 2, value + 2, p, p, p, p)
+        down = up._replace(value=-value, low=-value - 2, high=2 - value)
+        others = torch.stack([value, value])
+        return _signs(measured()._replace(n=200, changes=(up, down), others=(others, -others)), 2 * blocks)
+
+    assert signs(8.0).fraction.tolist() == [1.0, 1.0, 1.0]
+    assert signs(2.5).fraction.tolist() == [1.0, 0.0, 1.0]
+    assert (-signs(8.0).agreed).tolist() == signs(-8.0).agreed.tolist() and signs(-8.0).fraction.tolist() == [0.0, 0.0, 0.0]
+
+
+def signs(scores: list[float]) -> Signs:
+    agreed = np.array([scores, [-one for one in scores]])
+    return Signs(np.ones(len(scores), dtype=bool), agreed, agreed)
+
+
+def test_flips_decide_for_the_blocks_of_a_model():
+    up, p = _balance([signs([1.0] * 6)], 0)
+    assert up == (1.0, 1.0, 1.0, 6, "blocks") and "p = 0.031" in p
+    few, p = _balance([signs([1.0] * 5)] * 5, 0)
+    assert few[:3] == (1.0, 1.0, 1.0) and not few.enough and "p = 0.062" in p, "models share their depth"
+    mixed, p = _balance([signs([1.0, 0, 1, 0, 1, 1, 0, 1])], 0)
+    assert mixed.low > 0 and not mixed.enough and "p = 0.062" in p, "an interval over blocks alone would have decided"
+    assert _balance([signs([-1.0] * 7)], 0)[0][1:] == (-1.0, -1.0, 7, "blocks")
+
+
+def test_clouds_without_any_order_are_balanced():
+    """Three exchangeable numbers rise and fall as often as they fall and rise, 1/3 each; and seldom is anything decided."""
+    random = np.random.default_rng(0)
+    dims = random.normal(size=(40, 12, 3))
+    lots = [Signs(np.ones(12, dtype=bool), (steps := np.sign(np.diff(one).T)), steps) for one in dims]
+    assert np.mean([one.fraction[0] for one in lots]) == pytest.approx(1 / 3, abs=0.08)
+    found = [_balance([one], 0)[0] for one in lots]
+    assert np.mean([one.value for one in found]) == pytest.approx(0, abs=0.13)
+    assert np.mean([one.enough and (one.low > 0 or one.high < 0) for one in found]) < 0.12
 
 
 def test_without_an_ffn_there_is_nothing_to_say():
@@ -166,17 +227,6 @@ def test_the_true_update_in_place_of_itself_changes_nothing(fields):
             torch.testing.assert_close(other.norm(dim=-1), update.norm(dim=-1))
             assert torch.equal(other, noise(update, 3, point)) and not torch.equal(other, noise(update, 4, point))
             assert (instead(found, block, point, other) - after).norm() > 0.1
-
-
-def test_sign_flips_are_exact():
-    assert flips(np.array([1.0, 1.0, 1.0]), 0) == 1 / 8
-    assert flips(np.array([1.0, -1.0]), 0) == 3 / 4
-    assert flips(np.zeros(2), 0) == 1.0
-    assert math.isnan(flips(np.array([]), 0))
-    many = np.r_[np.ones(9), -np.ones(7)]  # binomial, at most 7 tails of 16
-    chance: Callable[[int], int] = lambda k: math.comb(16, k)  # noqa: E731
-    exact = sum(map(chance, range(8))) / 2**16
-    assert flips(many, 0) == pytest.approx(exact, abs=4 * math.sqrt(exact / 4096))
 
 
 def test_the_views_are_the_scales_of_both_clouds():

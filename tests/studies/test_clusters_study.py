@@ -11,12 +11,13 @@ from builders import fill, model
 from sklearn.metrics import roc_auc_score
 from studied import subject, write
 
+from emformer.intervals import bootstrap
 from emformer.masks import Full
 from emformer.model import Emformer
 from emformer.operators import Dense
 from emformer.parts import UserError
 from emformer.settings import Embedding, Learned
-from emformer.studies.claims.clusters import Clusters, separation
+from emformer.studies.claims.clusters import Clusters, by_prompt, separation
 from emformer.verdicts import Findings, Verdict
 
 WORDS, LENGTH, CLASSES, PROMPTS = 24, 12, 3, 24
@@ -64,7 +65,7 @@ def test_closeness_is_the_area_under_the_curve_ties_included():
     states = torch.from_numpy(random.integers(-1, 2, (40, 3)).astype(float) + 0.25)  # many equal cosines
     label, eligible = random.integers(-1, 3, 40), random.random((40, 40)) < 0.7
     np.fill_diagonal(eligible, False)
-    found = separation(states, label, eligible)
+    found = separation(states, label, eligible).auc
     directions = torch.nn.functional.normalize(states, dim=-1)
     for i in range(40):
         some = np.flatnonzero(eligible[i] & (label >= 0))
@@ -76,9 +77,36 @@ def test_closeness_is_the_area_under_the_curve_ties_included():
             assert found[i] == pytest.approx(roc_auc_score(same, cosines), abs=1e-12)
 
 
+def test_an_interval_holds_the_truth_as_often_as_it_says():
+    """Tokens of two classes about two points, and prompts that share a direction: prompts are anchors, and partners of others."""
+    random, count, each, dim = np.random.default_rng(0), 30, 5, 4
+
+    def clouds(prompts: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        label = random.integers(2, size=(prompts, tokens))
+        states = random.normal(size=(prompts, tokens, dim)) + 0.7 * random.normal(size=(prompts, 1, dim))
+        states[..., 0] += label - 0.5
+        return states.reshape(-1, dim) / np.linalg.norm(states, axis=-1).reshape(-1, 1), label.ravel()
+
+    (a, its), (b, label) = clouds(200_000, 1), clouds(400_000, 1)
+    closeness = np.einsum("nd,nkd->nk", a, b.reshape(-1, 2, dim))
+    mixed = (label.reshape(-1, 2) == its[:, None]).sum(1) == 1  # one with the label, one without
+    first = label.reshape(-1, 2)[:, 0] == its
+    truth = np.mean(np.where(first, closeness[:, 0] > closeness[:, 1], closeness[:, 1] > closeness[:, 0])[mixed])
+
+    prompt, held = np.repeat(np.arange(count), each), 0
+    for _ in range(150):
+        states, label = clouds(count, each)
+        found = separation(torch.from_numpy(states), label, prompt[:, None] != prompt)
+        values = by_prompt(found, prompt, count)
+        assert values.mean() == pytest.approx(found.auc.mean())
+        interval = bootstrap(values, resamples=500)
+        held += interval.low <= truth <= interval.high
+    assert 0.89 <= held / 150 <= 0.99
+
+
 def test_it_finds_what_the_weights_gather_and_nothing_else():
     """Words of one class gather in layer 1, occurrences by the word before in layer 0; the next word is drawn at random."""
-    findings = Clusters(points=240).run([subject(planted(), TOKENS, (TOKENS % CLASSES)[None])], silent)
+    findings = Clusters(points=200, shuffles=6).run([subject(planted(), TOKENS, (TOKENS % CLASSES)[None])], silent)
     gather = by_claim(findings, "different words of one class0 gather")
     assert findings.verdicts[0] is gather and gather.word == "supported"
     curve = findings.charts["closer"].frame.query("line == 'made'").pivot(index="x", columns="panel", values="y")
@@ -89,7 +117,7 @@ def test_it_finds_what_the_weights_gather_and_nothing_else():
     assert by_claim(findings, "closer than words of others").word == "supported"
     assert by_claim(findings, "same previous token").word == "supported"
     assert by_claim(findings, "same next token gather").word == "undecided"
-    assert by_claim(findings, "k-means").word == "supported"
+    assert by_claim(findings, "k-means").word == "undecided"  # one model is one clustering
     assert by_claim(findings, "collapse").word == "refuted"
     agreement = findings.charts["agreement"].frame.set_index("x")["y"]
     assert agreement[2] == pytest.approx(1) and abs(agreement[0]) < 0.4
@@ -100,7 +128,7 @@ def test_classes_that_the_model_knows_nothing_of_are_not_found():
     for every occurrence, so that not even the word says anything."""
     of_words = torch.randint(CLASSES, (WORDS,), generator=torch.Generator().manual_seed(7))[TOKENS]
     of_places = torch.randint(CLASSES, TOKENS.shape, generator=torch.Generator().manual_seed(8))
-    findings = Clusters(points=240).run([subject(planted(), TOKENS, torch.stack([of_words, of_places]))], silent)
+    findings = Clusters(points=200, shuffles=6).run([subject(planted(), TOKENS, torch.stack([of_words, of_places]))], silent)
     assert by_claim(findings, "closer than words of others").word == "undecided"
     assert by_claim(findings, "same class1").word == "undecided"
 
@@ -110,7 +138,7 @@ def test_a_word_that_is_always_alike_gathers_by_no_context():
     net = model(WORDS, torch.float32, norm=None, form=Dense(), content=Dense())
     for layer in range(2):
         write(net, layer, torch.eye(8), torch.zeros(8, 8))
-    findings = Clusters(points=240).run([subject(net, TOKENS)], silent)
+    findings = Clusters(points=64, shuffles=2).run([subject(net, TOKENS)], silent)
     curve = findings.charts["closer"].frame.query("line == 'made'")
     assert len(curve) == 6 and (curve["y"] == 0.5).all()
 
@@ -118,7 +146,7 @@ def test_a_word_that_is_always_alike_gathers_by_no_context():
 def test_a_cloud_that_collapses_is_seen():
     net = model(WORDS, torch.float32, depth=1, heads=1, norm=None, mask=Full(), form=Dense(), content=Dense())
     write(net, 0, torch.zeros(8, 8), 100 * torch.eye(8))
-    findings = Clusters(points=64).run([subject(net, TOKENS)], silent)
+    findings = Clusters(points=64, shuffles=2).run([subject(net, TOKENS)], silent)
     assert by_claim(findings, "collapse").word == "supported"
 
 
@@ -126,7 +154,7 @@ def test_prompts_that_share_text_are_not_compared():
     """All in one group: no pair is left, nothing is claimed."""
     one = subject(planted(), TOKENS, (TOKENS % CLASSES)[None])
     one.groups.zero_()
-    findings = Clusters(points=64).run([one], silent)
+    findings = Clusters(points=64, shuffles=2).run([one], silent)
     assert {verdict.word for verdict in findings.verdicts} == {"undecided"}
     assert all(math.isnan(verdict.measured.value) for verdict in findings.verdicts if "AUC" in verdict.quantity)
 

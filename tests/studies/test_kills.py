@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 
 from emformer import plans
 from emformer.parts import UserError
 from emformer.plans import Measure, Plan
-from emformer.studies import cell, progress
+from emformer.studies import cell, cells, progress
+from emformer.studies.ablation import ablate
 from emformer.studies.cell import alone
 from emformer.studies.cells import Study, last_step, stoppable
 from emformer.studies.engines.local import Local
@@ -32,7 +35,7 @@ SMOKE = Path(__file__).parents[2] / "configs" / "smoke.yaml"
 def test_deaths_lose_nothing(tmp_path: Path):
     script = Path(__file__).with_name("deaths.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "4"],
+        [sys.executable, str(script), str(tmp_path), "2"],
         capture_output=True,
         text=True,
         timeout=600,
@@ -40,7 +43,7 @@ def test_deaths_lose_nothing(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["struck"]["study"] >= 3 and found["struck"]["cell"] >= 1 and found["resumed"] >= 1, (
+    assert found["struck"]["study"] >= 2 and found["struck"]["cell"] >= 1 and found["resumed"] >= 1, (
         f"that proves nothing: {found}"
     )
     assert found["lost"] == 0, "finished cells are as they were"
@@ -115,6 +118,77 @@ def test_a_folder_of_something_else_is_left(tmp_path: Path):
     with pytest.raises(UserError, match="is no ablation study"), Study(tmp_path, plan(tmp_path)).begun():
         raise AssertionError
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_whatever_stopped_it_before_it_trained_the_same_command_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Killed at each of its first writes, of the lock and of every file; nothing but what a study leaves may be there."""
+
+    class Killed(BaseException):
+        pass
+
+    class Engine:
+        def run(self, jobs, tell):
+            for job in jobs:
+                job.done.write_text("{}")
+
+    found = plans.cells(one := plan(tmp_path, seeds=1))
+    write = cells.write_atomically
+    monkeypatch.setattr(Study, "_tokenise", lambda *_: None)  # nothing is trained
+
+    def begin(path: Path, strike: int) -> Study:
+        def struck(file: Path, content: str | bytes) -> None:
+            nonlocal writes
+            writes += 1
+            if writes > strike:
+                file.with_name(f".{file.name}.7.part").write_text("half")
+                raise Killed
+            write(file, content)
+
+        writes = 0
+        monkeypatch.setattr(cells, "write_atomically", struck)
+        study = Study(path, one)
+        study.engine = Engine()
+        with study.begun():
+            study.run(found)
+        return study
+
+    for strike in range(7):  # study.yaml, four configs, cells.json; environment.json is written elsewhere
+        path = tmp_path / str(strike)
+        if strike < 6:
+            with pytest.raises(Killed):
+                begin(path, strike)
+        assert all(begin(path, 99).done(one.name).exists() for one in found)
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").touch()
+    assert begin(tmp_path / "locked", 99).cells
+
+
+def test_a_misspelt_setting_leaves_no_folder(tmp_path: Path):
+    wrong = plan(tmp_path, settings={"training": {"max_stepz": 7}})
+    with pytest.raises(UserError, match="max_steps"):
+        ablate(wrong, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_an_older_version_did_not_know_are_at_their_default(tmp_path: Path):
+    """A cell's file without a field is the same cell, unless the field is not at its default."""
+    one = Study(
+        tmp_path / "out", plan(tmp_path, factors={"position": {"rope": {}, "none": {"model": {"positions": []}}}}, seeds=1)
+    )
+    found = plans.cells(one.plan)
+    with one.begun():
+        one._write(found)
+        file = one.config(found[0].name)
+        text = file.read_text()
+        for name, refused in (("penalties", False), ("max_steps", True)):  # the second is set to 100
+            settings = yaml.safe_load(text)
+            del settings["training"][name]
+            file.write_text(yaml.safe_dump(settings))
+            with pytest.raises(UserError, match="other settings") if refused else nullcontext():
+                one._write(found)
+        file.write_text(text + "later: 1\n")
+        with pytest.raises(UserError, match="other settings"):
+            one._write(found)
 
 
 def test_signals_leave_as_ctrl_c_does():

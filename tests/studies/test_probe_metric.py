@@ -20,7 +20,6 @@ from emformer.settings import Drift, Functional
 from emformer.studies.claims import probe_metric
 from emformer.studies.claims.probe_metric import ProbeMetric, designed, regauged, stirred, theory
 from emformer.surgery import noise
-from emformer.training import MaskedToken
 from emformer.trajectory import capture
 
 GQA = LowRank(rank=4, groups=2)
@@ -51,8 +50,8 @@ def words(count: int = 12, batch: int = 3) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("member", ["rope", "grouped"])
 def test_the_theory_is_what_small_noise_costs(member):
-    """KL of attention's rows at sigma = .01, mean over rows and 20 draws a side, within 20 %: through RoPE, groups and biases."""
-    net, draws, sigma = small(dtype=torch.float64, **(dict(depth=1) | ZOO[member])), 20, 1e-2
+    """KL of attention's rows at sigma = .01, mean over rows and 12 draws a side, within 20 %: through RoPE, groups and biases."""
+    net, draws, sigma = small(dtype=torch.float64, **(dict(depth=1) | ZOO[member])), 12, 1e-2
     net.layer(0).attention.form.left_rows().mul_(2)
     gauges, missing = probe_metric._gauges(net)
     assert not missing
@@ -133,15 +132,16 @@ def planted(size: float):
     return net
 
 
-def test_a_planted_asymmetry_is_found():
+def test_a_planted_asymmetry_is_found(monkeypatch):
     """And beside it: outputs in another gauge are the same, K/Q goes as c^-4, small noise costs as its square."""
+    monkeypatch.setattr(probe_metric, "SIGMAS", (0.01, 0.05, 0.1))  # for speed
     with torch.no_grad():
         none = planted(0.0).double()
         told = theory(capture(none, words()), {"raw": none})
     assert np.allclose(told["M", 0], told["M", 1], rtol=1e-9)  # M = I: left is right
     found, findings = verdicts(subject(planted(2.5), prompts=14, length=7), draws=7)
     assert found["M"].word == found["trained"].word == "supported" and found["M"].measured.of == "draws"
-    assert found["gauge"].word == "refuted" and abs(found["gauge"].measured.value + 4 * math.log(2)) < 0.1
+    assert found["gauge"].word == "holds" and abs(found["gauge"].measured.value + 4 * math.log(2)) < 0.1
     assert found["gauge"].measured.n == 7 and "at most 0 nats" in found["gauge"].why
     assert abs(found["slope"].measured.value - 2) < 0.15
     assert set(findings.charts) == {"output", "attention", "ratio"}
@@ -160,8 +160,6 @@ def test_other_models_and_what_it_says_of_them(monkeypatch):
     def short(net, **fields):
         return subject(net, prompts=2, length=5, **fields)
 
-    masked = short(small(mask=Full(), depth=1, heads=1), objective=MaskedToken())
-    assert math.isfinite(verdicts(masked)[0]["M"].measured.value)
     read, findings = verdicts(short(small(positions=[KeyNorm()], depth=1, heads=1)))
     assert math.isnan(read["gauge"].measured.value) and math.isnan(read["balanced"].measured.value)
     assert "no other gauge" in read["gauge"].reason and "undefined here" in findings.note and "not drawn" in findings.note

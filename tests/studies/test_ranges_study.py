@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from builders import fill, model
-from scipy.stats import spearmanr
 from studied import small, subject, write
 
 from emformer import parts, surgery
@@ -21,7 +20,7 @@ from emformer.operators import Dense
 from emformer.parts import UserError
 from emformer.positions import RoPE
 from emformer.settings import Embedding, Learned
-from emformer.studies.claims.ranges import Ranges, _trend, _writes, reaches
+from emformer.studies.claims.ranges import Ranges, _writes, reaches
 from emformer.trajectory import capture
 from emformer.verdicts import Findings
 
@@ -66,17 +65,20 @@ def curves(findings: Findings, panel: str) -> np.ndarray:
     return frame[(frame["line"] == "made") & frame["panel"].str.contains(panel)].sort_values("x")["y"].to_numpy()
 
 
-@pytest.mark.parametrize(("shifts", "word"), [((1, 2, 5), "supported"), ((5, 2, 1), "refuted")])
+@pytest.mark.parametrize(
+    ("shifts", "word"), [((0, 1, 2, 4, 6), "supported"), ((6, 4, 2, 1, 0), "refuted"), ((1, 2, 5), "undecided")]
+)
 def test_heads_that_look_back_by_so_many_tokens(shifts, word):
-    """Over the mean distance (i - 1)/2 of the i keys beside the first: closed form, and the trend that was planted."""
+    """Over the mean distance (i - 1)/2 of the i keys beside the first: closed form, and the trend that was planted. Three layers
+    of one model are in order by chance too often."""
     findings = Ranges().run([subject(looking_back(shifts), TOKENS)], silent)
     queries = np.arange(7, LENGTH)
     expected = [(shift / ((queries - 1) / 2)).mean() for shift in shifts]
     assert curves(findings, "weights") == pytest.approx(expected, abs=1e-5)
     looks, writes = findings.verdicts[0], findings.verdicts[3]
     assert looks.word == writes.word == word
-    assert looks.measured.value == writes.measured.value == (1 if word == "supported" else -1)
-    assert findings.verdicts[1].word == word
+    assert looks.measured.value == writes.measured.value == (-1 if word == "refuted" else 1)
+    assert findings.verdicts[1].word == ("refuted" if word == "refuted" else "supported")
     tails = findings.charts["tails"].frame
     for layer, shift in enumerate(shifts):
         curve = tails[tails["line"] == f"layer {layer}"].set_index("x")["y"]
@@ -114,13 +116,6 @@ def test_what_is_masked_is_what_surgery_masks():
             other = surgery.change_mask(net, NearOrFirst(r), step.layer).layer(step.layer).attention
             change = (other.update(step.read, index)[1] - step.update).norm(dim=-1) / step.update.norm(dim=-1)
             assert torch.allclose(tails[:, column], change[:, 7:].mean(1), atol=1e-12)
-
-
-def test_the_trend_is_spearmans():
-    means = np.random.default_rng(0).integers(0, 4, (20, 5)).astype(float)
-    for row, found in zip(means, _trend(means), strict=True):
-        assert found == pytest.approx(spearmanr(row, range(5)).statistic, nan_ok=True)
-    assert np.isnan(_trend(np.ones((1, 4)))).all()
 
 
 def test_uniform_weights_are_the_null():

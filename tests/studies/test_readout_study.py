@@ -88,7 +88,7 @@ def test_the_last_point_needs_the_others_up_to_the_layer_that_fetches(layer):
     assert by_claim(findings, "up to the last layer").word == ("supported" if layer == 2 else "refuted")
     assert by_claim(findings, "in every layer").word == "refuted"
     assert by_claim(findings, "any other point").word == "supported"
-    assert by_claim(findings, "alone").word == "supported"
+    assert by_claim(findings, "alone").word == "holds"
     # the point at WHERE is the target itself, and writes it too
     assert by_claim(Readout(points=6).run([one], silent), "any other point").word == "refuted"
     told = "in all layers" if layer == 2 else f"before layer {layer + 1},"

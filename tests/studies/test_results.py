@@ -23,13 +23,14 @@ from emformer.effects import DIFFERS, NO_DIFFERENCE, TOO_FEW, effects
 from emformer.ffn import ReLU2
 from emformer.parts import UserError
 from emformer.plans import Cell, Claim, Control, Measure, Plan, Range
+from emformer.records import Run
 from emformer.settings import Settings
 from emformer.studies import cell
 from emformer.studies.ablation import ablate
 from emformer.studies.cells import Study
 from emformer.studies.examination import read_verdicts
 from emformer.studies.jobs import Event, Job
-from emformer.studies.results import RESULTS, read, summary, write_results
+from emformer.studies.results import RESULTS, measured, read, summary, table, write_results
 
 TABLES = ("table.csv", "effects.csv", "verdicts.csv", "observables.csv")
 
@@ -240,11 +241,14 @@ def test_no_result_is_shown_where_a_control_fails(tmp_path: Path):
     study = written(tmp_path / "out", good, 6, noisy, recorded=True)
     write_results(study)
     assert all((study.path / name).exists() for name in TABLES)
-    (study.path / "report.html").write_text("old")
+    (study.path / "figures").mkdir()
+    for name in ("report.html", "figures/effects.png", "figures/mine.svg"):
+        (study.path / name).write_text("old")
     study.plan = replace(good, controls={"y is large": Control(outcome="loss", levels={"f": "y"}, least=5.0, most=8.0)})
     with pytest.raises(UserError, match=r"'y is large': loss is [89]\.\d+ over 6 cells, not in \[5, 8\]"):
         write_results(study)
-    assert (study.path / "table.csv").exists() and not any((study.path / name).exists() for name in RESULTS)
+    assert (study.path / "table.csv").exists() and not any(list(study.path.glob(name)) for name in RESULTS)
+    assert (study.path / "figures" / "mine.svg").exists()
     assert "f=x,seed=0" in summary(study.path) and "against" not in summary(study.path)
     study.plan = good
     study.done("f=y,seed=1").unlink()
@@ -253,17 +257,63 @@ def test_no_result_is_shown_where_a_control_fails(tmp_path: Path):
     for one in study.cells:
         study.done(one["name"]).unlink(missing_ok=True)
     study.plan = plan()
-    with pytest.raises(UserError, match="no cell of"):
+    with pytest.raises(UserError, match=r"no cell of .* what they said is in"):
         write_results(study)
+
+
+def test_an_outcome_that_no_cell_has_is_named(tmp_path: Path):
+    study = written(tmp_path / "out", plan(), 1, noisy)
+    study.plan = replace(study.plan, outcomes={"loss": Measure(metric="val_los")})
+    with pytest.raises(UserError, match="those that finished have no val_los; did you mean val_loss"):
+        write_results(study)
+
+
+def test_the_step_is_chosen_before_what_is_undefined_at_it(tmp_path: Path):
+    """What is undefined at the last step is not what it was before, and the least loss is one that is there."""
+    run = Run(tmp_path)
+    losses = {10: math.nan, 20: 3.0, 30: 4.0, 40: math.nan}
+    run.metrics.write_text("".join(json.dumps({"step": k, "val_loss": loss}) + "\n" for k, loss in losses.items()))
+    rows = [(10, 0, None), (10, 1, None), (20, 0, 0.3), (20, 1, 0.5), (30, 0, None), (30, 1, 0.7)]
+    told = [{"step": k, "layer": at, "point": "attn", "key": "k", "mean": mean, "n_valid": 4} for k, at, mean in rows]
+    run.records.write_text("".join(json.dumps(row) + "\n" for row in told))
+
+    def value(**more: Any) -> tuple[float, int]:
+        found = measured(run, Measure(**more))
+        return found["value"], found["step"]
+
+    assert value(metric="val_loss", at="best") == (3.0, 20)
+    assert math.isnan(value(metric="val_loss")[0]) and value(metric="val_loss")[1] == 40
+    assert value(record="k") == value(record="k", where={"layer": "last"}) == value(record="k", where={"layer": 1}) == (0.7, 30)
+    assert [str(one) for one in value(record="k", at="first")] == ["nan", "10"]
+    assert [str(one) for one in value(record="k", where={"layer": 0})] == ["nan", "30"]
+    run.metrics.write_text(json.dumps({"step": 1, "val_loss": math.nan}) + "\n")
+    assert math.isnan(value(metric="val_loss", at="best")[0])
+
+
+def test_a_cell_that_lacks_a_layer_is_no_average_of_the_others(tmp_path: Path):
+    """Two layers with values 3 loss + layer: without one of them the mean is of another thing."""
+    study = written(tmp_path / "out", plan(), 6, noisy, recorded=True)
+    study.plan = replace(study.plan, outcomes={"k": Measure(record="k"), "end": Measure(record="k", where={"layer": "last"})})
+    whole = table(study).set_index(["cell", "outcome"])["value"]
+    assert whole.notna().all() and np.allclose(whole[:, "end"] - whole[:, "k"], 0.5)
+    records = study.run_of("f=y,seed=2").records
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    lacking = [row | {"mean": None} if (row["step"], row["layer"]) == (3, 0) else row for row in rows]
+    records.write_text("".join(json.dumps(row) + "\n" for row in lacking))
+    found = table(study).set_index(["cell", "outcome"])["value"]
+    assert list(found.index[found.isna()]) == [("f=y,seed=2", "k")] and found.dropna().equals(whole[found.notna()])
+    for seed in range(6):  # where no seed has the place, it is none of these cells
+        study.run_of(f"f=y,seed={seed}").records.write_text(records.read_text())
+    assert table(study)["value"].notna().all()
 
 
 def test_levels_that_look_like_something_else(tmp_path: Path):
     """YAML and CSV have their own mind of what is a number, or nothing."""
     study = written(tmp_path / "out", plan("1.0 null NA 007 nan"), 6, lambda levels, seed: len(levels["f"]) + seed / 7)
     write_results(study)
-    table = read(study.path / "table.csv")
-    assert table["f"].tolist()[:5] == ["1.0", "null", "NA", "007", "nan"] and table["value"].dtype == float
-    again = effects(table, study.plan)
+    told = read(study.path / "table.csv")
+    assert told["f"].tolist()[:5] == ["1.0", "null", "NA", "007", "nan"] and told["value"].dtype == float
+    again = effects(told, study.plan)
     pd.testing.assert_frame_equal(again, read(study.path / "effects.csv").astype(again.dtypes))
     assert again["level"].tolist() == ["null", "NA", "007", "nan"]
 
@@ -278,4 +328,4 @@ def test_a_search_is_told_best_first(tmp_path: Path):
     write_results(study)
     lines = summary(study.path).splitlines()
     assert [line.split()[0] for line in lines[1:4]] == ["f=b,seed=0", "f=c,seed=0", "f=a,seed=0"]
-    assert not any((study.path / name).exists() for name in RESULTS)
+    assert not any(list(study.path.glob(name)) for name in RESULTS)

@@ -55,7 +55,7 @@ class Bowl(parts.Engine):
         return ""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings of a small run, with a cache of its own."""
     folder = tmp_path_factory.mktemp("base")
@@ -65,18 +65,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "base.yaml"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def quick() -> Generator[None]:
-    """Settings are resolved once: these searches do so hundreds of times."""
+    """Settings are resolved once: these searches do so hundreds of times. And no text is read."""
     known: dict[str, Settings] = {}
     slow = plans.resolve
 
     def resolve(plan: Plan, levels: Mapping[str, str], *more: Mapping[str, Any]) -> Settings:
-        key = str((plan.base, levels, more))
+        key = str((plan.base, plan.settings, plan.factors, levels, more))
         return known[key] if key in known else known.setdefault(key, slow(plan, levels, *more))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, "resolve", resolve)
+        patch.setattr(Study, "_tokenise", lambda *_: None)  # for nothing is trained
         yield
 
 
@@ -100,7 +101,7 @@ def searched(one: Study) -> pd.DataFrame:
     return pd.read_csv(one.path / "search.csv")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def whole(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A search of twelve trials that nothing disturbed."""
     folder = tmp_path_factory.mktemp("search") / "whole"

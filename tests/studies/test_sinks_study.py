@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -19,11 +20,11 @@ from emformer.operators import LowRank
 from emformer.parts import UserError
 from emformer.positions import RoPE
 from emformer.settings import Drift, Embedding, Functional, Learned
-from emformer.studies.claims.sinks import Sinks, effects, look, pairs
+from emformer.studies.claims.sinks import Sinks, effects, halved, look, pairs
 from emformer.training import MaskedToken
 from emformer.trajectory import capture
 
-T, P, DIM = 16, 40, 16
+T, P, DIM = 16, 80, 16  # half of the prompts choose the heads, half are judged
 LIKED = 7  # the token that the planted text is full of
 
 SAME = "with the same first token it is the same in every context"
@@ -39,6 +40,12 @@ THERE = "the first token is a sink"
 
 def ask(*subjects, **setting) -> dict[str, Any]:
     return {one.claim: one for one in Sinks(**setting).run(subjects, lambda *_: None).verdicts}
+
+
+def edited(about, heads):
+    """Change of loss of the judged half."""
+    chooser, judge = halved(about)
+    return effects(judge, chooser, heads, 5, lambda *_: None).change
 
 
 def draw(shape, seed=0):
@@ -106,11 +113,10 @@ def text(topic: bool = False):
 # What causality makes true --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["32", "64"])
-def test_with_one_first_token_the_sink_is_the_same_in_an_untrained_causal_model(dtype):
+def test_with_one_first_token_the_sink_is_the_same_in_an_untrained_causal_model():
     """J 25, here by the model's own matrices; under a full mask it is not."""
     for mask, identity in ((Causal(), True), (Full(), False)):
-        net = small(depth=3, dtype=dtype, mask=mask, positions=[RoPE()], norm=LayerNorm(bias=True), ffn=GELU(), drift=Drift())
+        net = small(depth=2, mask=mask, positions=[RoPE()], norm=LayerNorm(bias=True), ffn=GELU(), drift=Drift())
         tokens = subject(net).tokens.clone()
         tokens[:, 0] = tokens[0, 0]
         trajectory = capture(net, tokens)
@@ -125,8 +131,8 @@ def test_with_one_first_token_the_sink_is_the_same_in_an_untrained_causal_model(
                 away = (1 - unit @ unit.mT).abs().max()
                 assert (away < 1e-6) if identity or k == 0 else (away > 1e-3)
         objective = None if identity else MaskedToken()
-        verdict = ask(subject(net, prompts=12, objective=objective))[SAME]
-        assert verdict.word == ("supported" if identity else "refuted")
+        verdict = ask(subject(net, prompts=24, objective=objective))[SAME]
+        assert verdict.word == ("holds" if identity else "refuted"), "a claim only where causality does not make it so"
         assert (verdict.measured.value < 1e-12) if identity else (verdict.measured.low > 1e-3)
         assert verdict.null < 1e-12 if identity else verdict.null > 1e-6
         assert ("causality" in verdict.why) is identity and verdict.measured.of == "pairs" and verdict.measured.n == 6
@@ -146,10 +152,11 @@ def test_a_planted_bias_is_found_with_its_numbers():
     about = subject(planted(), text())
     seen = ask(about)
     words = {claim: one.word for claim, one in seen.items()}
-    assert {claim for claim, word in words.items() if word == "supported"} == {SAME, ALIKE, BEYOND, BIAS, USED, REMOVED, THERE}
-    assert {claim for claim, word in words.items() if word == "refuted"} == {VALVE, DRAIN}, words
-    assert seen[ALIKE].measured.value > 0.999 and seen[ALIKE].null < 0.6 and seen[ALIKE].measured.n == P // 2
-    looked, twin = (look(about, one, Sinks()) for one in (about.model, about.untrained()))
+    assert {claim for claim, word in words.items() if word == "supported"} == {ALIKE, BEYOND, BIAS, USED, REMOVED, THERE}
+    assert {claim for claim, word in words.items() if word == "refuted"} == {VALVE, DRAIN} and words[SAME] == "holds"
+    assert seen[ALIKE].measured.value > 0.999 and seen[ALIKE].null < 0.6 and seen[ALIKE].measured.n == P // 4
+    judge = halved(about)[1]
+    looked, twin = (look(judge, one, Sinks()) for one in (about.model, about.untrained()))
     assert (looked.rate == [1, 0]).all(), "one head of two, in every prompt"
     assert abs(seen[THERE].measured.value - (0.5 - twin.rate.mean())) < 1e-12
     i = np.arange(1, T + 1)
@@ -160,10 +167,10 @@ def test_a_planted_bias_is_found_with_its_numbers():
     assert np.allclose(looked.pulse[:, 0, 0], 0, atol=1e-20) and np.allclose(looked.pulse[:, 1, 0], lam[1:].mean())
     assert (looked.drain[:, 0] > 10)[np.isfinite(looked.drain[:, 0])].all()
     # the logit of LIKED is 3 lam, and 0 without the sink, whatever is left of it; all others are 0
-    inputs, targets = about.tokens[:, :-1], about.tokens[:, 1:].numpy()
+    inputs, targets = judge.tokens[:, :-1], judge.tokens[:, 1:].numpy()
     z = 3 * lam[:-1]
     base = np.log(np.exp(z) + VOCAB - 1) - z * (targets == LIKED)
-    change = effects(about, {0: (0,)}, 5, lambda *_: None).change
+    change = edited(about, {0: (0,)})
     for edit in ("hidden", "zero"):
         assert np.isnan(change[edit, "first"][:, :5]).all(), "only queries that see both"
         assert np.allclose(change[edit, "first"][:, 5:], (math.log(VOCAB) - base)[:, 5:], atol=1e-10)
@@ -185,17 +192,31 @@ def test_a_sink_that_tells_what_the_text_is_about_is_no_constant_bias():
     seen = ask(about)
     assert seen[ALIKE].word == "refuted" and abs(seen[ALIKE].measured.value) < 0.2
     assert seen[BIAS].word == "refuted", "a mean of many tokens is worth nothing"
-    assert seen[USED].word == seen[REMOVED].word == seen[SAME].word == "supported"
+    assert seen[USED].word == seen[REMOVED].word == "supported" and seen[SAME].word == "holds"
 
 
 def test_a_mean_is_that_of_other_prompts():
-    """Prompts at even places begin with tokens that give nothing: to those at odd places their mean is 0."""
-    tokens = text(topic=True)
-    tokens[::2, 0] += 200
-    change = effects(subject(planted(topic=True), tokens), {0: (0,)}, 5, lambda *_: None).change
-    mean, zero = change["mean", "first"][:, 5:], change["zero", "first"][:, 5:]
-    assert np.allclose(mean[1::2], zero[1::2], atol=1e-12) and np.abs(zero[1::2]).mean() > 0.01
-    assert np.allclose(zero[::2], 0, atol=1e-12) and np.abs(mean[::2]).mean() > 1e-3
+    """Of the half that chose the heads: where it begins with tokens that give nothing the mean is 0."""
+    for half in (0, 1):
+        tokens = text(topic=True)
+        tokens[half::2, 0] += 200
+        change = edited(subject(planted(topic=True), tokens), {0: (0,)})
+        mean, zero = change["mean", "first"][:, 5:], change["zero", "first"][:, 5:]
+        if half:
+            assert np.allclose(zero, 0, atol=1e-12) and np.abs(mean).mean() > 1e-3
+        else:
+            assert np.allclose(mean, zero, atol=1e-12) and np.abs(zero).mean() > 0.01
+
+
+def test_heads_are_chosen_on_other_texts_than_they_are_judged_on():
+    about = subject(planted(), text())
+    about = dataclasses.replace(about, groups=torch.arange(P) // 4)
+    chooser, judge = halved(about)
+    assert not set(chooser.groups.tolist()) & set(judge.groups.tolist()) and len(chooser.tokens) == len(judge.tokens) == P // 2
+    looked = look(judge, about.model, Sinks())
+    assert len(looked.pulse) == P // 16 and len(looked.cosines["same"]) == P // 16, "a pair has two texts of its own"
+    with pytest.raises(UserError, match="share one text"):
+        halved(dataclasses.replace(about, groups=torch.zeros(P, dtype=torch.long)))
 
 
 def test_a_weight_that_follows_the_query_is_a_valve():
@@ -206,7 +227,7 @@ def test_a_weight_that_follows_the_query_is_a_valve():
     assert seen[VALVE].word == "supported"
     # lam of a prompt's queries, written here
     score = 4 + 3 * net.embedding.weight.detach().numpy()[tokens.numpy(), 2]
-    lam = (np.exp(score) / (np.exp(score) + np.arange(T)))[:, 1:]
+    lam = (np.exp(score) / (np.exp(score) + np.arange(T)))[1::2, 1:]
     spread = (lam[::2] - lam[1::2]).var(1, ddof=1).mean() / 2
     assert abs(seen[VALVE].measured.value - math.sqrt(spread) / lam.mean()) < 1e-10
 
@@ -217,7 +238,7 @@ def test_sink_heads_are_named_and_only_they_are_edited():
     own = look(about, net, Sinks())
     assert own.chosen(0.5).tolist() == [0] and own.by_layer(own.chosen(0.5)) == {0: (0,)}
     assert Sinks().run([about], lambda *_: None).note.startswith("made: 1 of 2 heads are sink heads: 0.0 (layer.head)")
-    assert (effects(about, {0: (1,)}, 5, lambda *_: None).change["zero", "first"][:, 5:] == 0).all(), "head 1 is idle"
+    assert (edited(about, {0: (1,)})["zero", "first"][:, 5:] == 0).all(), "head 1 is idle"
 
 
 # What cannot be asked -------------------------------------------------------------------------------------------------
@@ -245,7 +266,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 def test_what_a_kernel_or_a_mask_does_not_allow_is_said(kind):
     fields, reasons = KINDS[kind]
     objective = MaskedToken() if isinstance(fields.get("mask"), Full) else None
-    about = subject(small(depth=1, **fields), prompts=12, objective=objective)
+    about = subject(small(depth=1, **fields), prompts=24, objective=objective)
     findings = Sinks(threshold=0.01).run([about], lambda *_: None)
     seen = {one.claim: one for one in findings.verdicts}
     for claim, reason in reasons.items():
@@ -261,7 +282,7 @@ def test_prompts_that_all_begin_alike_cannot_tell_a_constant():
     seen = ask(subject(planted(), tokens))
     assert seen[ALIKE].word == "undecided" and "begin with the same token" in seen[ALIKE].reason
     assert seen[BIAS].word == "undecided" and "too few first tokens" in seen[BIAS].reason
-    assert seen[SAME].word == seen[REMOVED].word == "supported"
+    assert seen[SAME].word == "holds" and seen[REMOVED].word == "supported"
 
 
 def test_settings_and_prompts_that_make_no_sense_are_refused():

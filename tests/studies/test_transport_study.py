@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from studied import small, subject, write
@@ -16,7 +17,9 @@ from emformer.operators import PSD, Dense, Tied
 from emformer.parts import UserError
 from emformer.positions import RoPE
 from emformer.settings import Drift
+from emformer.studies.claims import transport
 from emformer.studies.claims.transport import Flow, _fields
+from emformer.studies.subjects import Subject
 from emformer.trajectory import capture
 from emformer.verdicts import Findings, Verdict
 
@@ -46,13 +49,17 @@ def test_the_field_is_that_of_the_observable(fields):
         assert found[name] == pytest.approx(expected, rel=1e-9)
 
 
+def short(net: Emformer, prompts: int = 6) -> Subject:
+    return subject(net, prompts=prompts, length=8)
+
+
 def tied() -> Emformer:
     """Half way into the gradient corner: one head, M positive semidefinite, F = M, a full mask; the softmax is what is left."""
     return small(depth=2, heads=1, mask=Full(), form=PSD(rank=4), content=Tied())
 
 
 def test_a_tied_model_has_the_fingerprint():
-    findings = Flow(probes=4).run([subject(tied())], silent)
+    findings = Flow(probes=4).run([short(tied())], silent)
     assert findings.verdicts[0].word == "supported" and by_claim(findings, "climbs its energy").word == "supported"
     assert findings.verdicts[0].measured.value < -0.1
 
@@ -60,22 +67,40 @@ def test_a_tied_model_has_the_fingerprint():
 def test_random_operators_have_none():
     """Shuffled, they are what they were."""
     net = small(depth=2, heads=1, form=Dense(), content=Dense(), dtype=torch.float64)
-    findings = Flow(probes=4).run([subject(net)], silent)
+    findings = Flow(probes=4).run([short(net)], silent)
     assert findings.verdicts[0].word != "supported" and by_claim(findings, "climbs its energy").word != "supported"
     assert by_claim(findings, "is a gradient flow").word == "refuted"
 
 
 def test_positions_leave_no_energy_and_that_is_said():
-    findings = Flow(probes=2).run([subject(small(positions=[RoPE()]))], silent)
+    """The instrument is proven on the layers without them."""
+    findings = Flow(probes=2).run([short(small(positions=[RoPE()]))], silent)
     climbs = by_claim(findings, "climbs its energy")
     assert math.isnan(climbs.measured.value) and climbs.word == "undecided" and "form M" in climbs.reason
     assert math.isfinite(findings.verdicts[0].measured.value)
     assert "single form" in findings.note
 
 
+@pytest.mark.parametrize(
+    ("corners", "said"), [([math.nan, 1e-3], "1.0e-03"), ([math.nan, math.nan], "prove")], ids=["broken", "none"]
+)
+def test_without_an_instrument_that_works_nothing_is_claimed_of_fields(monkeypatch, corners, said):
+    monkeypatch.setattr(transport, "_corners", lambda trajectory, seed: np.array(corners))
+    findings = Flow(probes=2).run([short(small(depth=2), 2)], silent)
+    for verdict in findings.verdicts[:3]:
+        assert verdict.word == "undecided" and math.isnan(verdict.measured.value) and said in verdict.reason
+    assert math.isfinite(findings.verdicts[3].measured.value)
+
+
+def test_models_that_see_the_same_prompts_have_probes_of_their_own():
+    one = short(small(depth=1), 2)
+    single, pair = (Flow(probes=2).run([one] * count, silent).verdicts[2].measured.value for count in (1, 2))
+    assert single != pair and pair == pytest.approx(single, abs=0.2)
+
+
 def test_tokens_that_change_places_are_no_optimal_transport():
     """Two words, of which each becomes the other: nothing has to move. A step that scales the cloud is optimal."""
-    tokens = (torch.arange(8 * 12).view(8, 12) + torch.arange(8)[:, None]) % 2
+    tokens = (torch.arange(6 * 12).view(6, 12) + torch.arange(6)[:, None]) % 2
     for flip, word in ((-2.0, "refuted"), (0.5, "supported")):
         net = small(depth=1, heads=1, norm=None, mask=Full(), form=Dense(), content=Dense())
         with torch.no_grad():

@@ -18,7 +18,8 @@ from emformer.intervals import Interval, over_models
 from emformer.model import Emformer
 from emformer.observables.lens import read, whole_layers
 from emformer.parts import UserError
-from emformer.studies.claims.fragility import BEYOND, LEAST, losses, task
+from emformer.studies.lines import draws, mean
+from emformer.studies.losses import by_prompt, task
 from emformer.studies.subjects import Subject, Tell, part_of
 from emformer.text import shuffled
 from emformer.theory.outcome import Curves
@@ -26,6 +27,7 @@ from emformer.training.objectives import IGNORE
 from emformer.trajectory import capture
 from emformer.verdicts import Findings, Verdict
 
+LAYERS = 3  # that have a last third
 SEEN = 10  # ranks within which the lens sees a token among the candidates, see `few`
 
 
@@ -119,7 +121,7 @@ def reading(subject: Subject, model: Emformer) -> Reading:
         singles = (collapse / steps, late, within[start] * (1 - settled), settled)
         columns.append((*(_mean(one, asked).T for one in stacks), *(_mean(one, asked) for one in singles)))
         depths.append((collapse[asked], caustic[asked]))
-        loss.append(losses(model, inputs, targets))
+        loss.append(by_prompt(model, inputs, targets))
     whole = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]
     collapse, caustic = (torch.cat(column) for column in zip(*depths, strict=True))
     shares = {
@@ -149,23 +151,26 @@ def _rate(one: Reading) -> np.ndarray:
 
 def _verdicts(found: Sequence[dict[str, Reading]], groups: Sequence[np.ndarray], subjects: Sequence[Subject]) -> list[Verdict]:
     depths = [subject.model.settings.depth for subject in subjects]
-    shallow = min(depths) < LEAST
+    shallow = min(depths) < LAYERS
     chance = float(np.mean([(depth // 3) / depth for depth in depths]))
 
     def interval(values: Sequence[np.ndarray]) -> Interval:
-        return over_models([np.full_like(one, math.nan) if shallow else one for one in values], groups=groups)
+        return over_models(
+            [np.full_like(one, math.nan) if shallow else one for one in values], groups=groups, seed=subjects[0].seed
+        )
 
     def told(condition: str, field: str) -> str:
-        return f"{np.mean([np.nanmean(getattr(one[condition], field)) for one in found]):.3g}"
+        return f"{np.mean([mean(getattr(one[condition], field)) for one in found]):.3g}"
 
     def against(field: str, other: str) -> list[np.ndarray]:
         return [getattr(one["text"], field) - getattr(one[other], field) for one in found]
 
-    why = f"a last third takes {LEAST} layers" if shallow else ""
+    why = f"a last third takes {LAYERS} layers" if shallow else ""
+    drawn = "".join(f"; {line}" for line in [draws(len(found))] if line)
     names = ("text", "untrained", "shuffled")
     lates = ", ".join(f"{name} {told(name, 'late')}" for name in names)
     collapses = ", ".join(f"{name} {told(name, 'collapse')}" for name in names)
-    unseen = [1 - float(np.nanmean(one["text"].open + one["text"].settled)) for one in found]
+    unseen = [1 - float(mean(one["text"].open + one["text"].settled)) for one in found]
     blind = not shallow and float(np.mean(unseen)) > 0.5
     state = f"settled {told('text', 'settled')}, open {told('text', 'open')}, unseen {np.mean(unseen):.3g}; "
     state += f"twin's settled {told('untrained', 'settled')}, open {told('untrained', 'open')}"
@@ -177,7 +182,7 @@ def _verdicts(found: Sequence[dict[str, Reading]], groups: Sequence[np.ndarray],
             "S2 8.4",
             late_claim,
             interval([one["text"].late for one in found]),
-            least=chance + BEYOND,
+            least=chance,
             null=chance,
             against="a layer at random",
             why=why,
@@ -187,17 +192,17 @@ def _verdicts(found: Sequence[dict[str, Reading]], groups: Sequence[np.ndarray],
             "S2 8.4",
             f"{late_claim}, less that of the untrained twin",
             interval(against("late", "untrained")),
-            least=BEYOND,
+            least=0.0,
             null=0.0,
             against="the untrained twin",
-            why=why or lates,
+            why=why or lates + drawn,
         ),
         Verdict(
             "the entropy falls faster in the last third than before",
             "S2 8.4",
             "fall of the mean entropy a layer in the last third, less that in the layers before, nats",
             interval([_rate(one["text"]) for one in found]),
-            least=BEYOND,
+            least=0.0,
             null=0.0,
             against="an even fall",
             why=why,
@@ -207,27 +212,27 @@ def _verdicts(found: Sequence[dict[str, Reading]], groups: Sequence[np.ndarray],
             "S2 8.4",
             f"share of tokens whose answer is among the lens's first {SEEN}, not yet first for good, less that of the twin",
             interval(opened),
-            least=BEYOND,
+            least=0.0,
             null=0.0,
             against="the untrained twin",
-            why=why or state + (": the lens sees too little there to tell open from unknown" if blind else ""),
+            why=why or state + (": the lens sees too little there to tell open from unknown" if blind else "") + drawn,
         ),
         Verdict(
             "early collapse is avoided: predictions settle later than in the untrained twin",
             "S2 8.4",
             "mean collapse depth / L, less that of the untrained twin",
             interval(against("collapse", "untrained")),
-            least=BEYOND,
+            least=0.0,
             null=0.0,
             against="the untrained twin",
-            why=why or f"{collapses}; of layers that know nothing about 1, so that late alone is no evidence",
+            why=why or f"{collapses}; of layers that know nothing about 1, so that late alone is no evidence{drawn}",
         ),
         Verdict(
             "meaning is what is kept open: predictions settle later on text than on its words in random order",
             "S2 8.4",
             "mean collapse depth / L, less that on shuffled words",
             interval(against("collapse", "shuffled")),
-            least=BEYOND,
+            least=0.0,
             null=0.0,
             against="the same words in random order",
             why=why or collapses,
@@ -253,7 +258,7 @@ def _charts(found: Sequence[dict[str, Reading]], groups: Sequence[np.ndarray], s
             for layer in range(max(getattr(one, field).shape[1] for one in readings)):
                 have = [k for k, one in enumerate(readings) if layer < getattr(one, field).shape[1]]
                 columns = [getattr(readings[k], field)[:, layer] for k in have]
-                one = over_models(columns, groups=[groups[k] for k in have])
+                one = over_models(columns, groups=[groups[k] for k in have], seed=subjects[0].seed)
                 rows.append((panel, line, layer, one.value, one.low, one.high))
         for name in ("collapse", "caustic"):
             for one in readings:
@@ -277,7 +282,7 @@ def _note(found: Sequence[dict[str, Reading]], subjects: Sequence[Subject]) -> s
     if own:
         said.append(f"The unembedding is no copy of the embedding in {', '.join(own)}: there the bias is largest.")
     for subject, one in zip(subjects, found, strict=True):
-        entropy, loss = float(one["text"].entropy[:, -1].mean()), float(np.nanmean(one["text"].loss))
+        entropy, loss = float(one["text"].entropy[:, -1].mean()), float(mean(one["text"].loss))
         said.append(
             f"{subject.name}: mean entropy of the prediction {entropy:.3f}, loss {loss:.3f} nats; "
             f"{one['text'].undefined:.1%} of the tokens have an entropy that falls nowhere, and no caustic."

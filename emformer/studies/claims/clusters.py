@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
@@ -14,18 +15,18 @@ from torch import Tensor
 
 from emformer import parts
 from emformer.geometry import clusters
-from emformer.intervals import LEVEL, Interval, over_models
+from emformer.intervals import LEVEL, Interval, bootstrap, over_models
 from emformer.model import Emformer
 from emformer.parts import UserError
+from emformer.studies.lines import BAND, band, draws, mean
 from emformer.studies.subjects import Subject, Tell, part_of
 from emformer.theory.outcome import Chart, Curves
 from emformer.trajectory import Trajectory
 from emformer.verdicts import Findings, Verdict
 
 STREAM = 11  # sets these random numbers apart from those of prompts and other studies of the same seed
-FOLDS = 8  # disjoint lots of prompts, each of which is clustered by itself
-COLLAPSED = 0.9  # mean cosine from which a cloud counts as one direction
-LEAST = 0.001  # of a difference of AUC, or of AMI, that is one
+COLLAPSED = 0.9  # mean cosine from which a cloud counts as one direction: ours
+LEAST = 0.001  # of a difference of AUC, or of AMI, that is one: ours
 SAME = 10  # decimals up to which two cosines are one: equal states meet in products that round differently
 SOURCE = "S0 clustering"
 NEXT = "one word, next token"
@@ -45,7 +46,7 @@ class Clusters(parts.Study):
     Controls: the embedding (where occurrences of one word are all alike unless positions tell them apart), the untrained twin,
     and labels shuffled (of words among words, of occurrences among those of the same word). Neighbours in the text tell a twin's
     states apart too, because it mixes context blindly. Beside it the agreement (AMI) of k-means with the first classification on
-    one occurrence of each word, by disjoint lots of prompts; and the mean cosine of a prompt, which the idealised flows drive
+    one occurrence of each word, which is one number a model; and the mean cosine of a prompt, which the idealised flows drive
     to 1. Cost: about `points`^2 (d + 200) a state and model, a minute for the default.
 
     Args:
@@ -88,9 +89,9 @@ class Clusters(parts.Study):
         )
         note = (
             "AUC: the chance that a token's partner with its label is closer to it than a partner without; 1/2 is chance. "
-            "Intervals draw prompts as anchors, and keep the tokens that they are compared with." + known
+            "Intervals draw prompts, with their tokens as anchors and as partners; the words are those of the text." + known
         )
-        return Findings(verdicts, _charts(looks, [subject.name for subject in subjects]), note)
+        return Findings(verdicts, _charts(looks, [subject.name for subject in subjects], groups), note)
 
 
 class Question(NamedTuple):
@@ -112,7 +113,8 @@ class Points(NamedTuple):
 
 class Look(NamedTuple):
     """Of one model: AUC (P, L + 1) by question, prompts as rows, of the trained model and its twin; AUC of shuffled labels
-    (shuffles, 2), at the embedding and at the last layer, by question; AMI (folds, L + 1); mean cosines (P, L + 1)."""
+    (shuffles, 2), at the embedding and at the last layer, by question; AMI (L + 1,), none without classes; mean cosines
+    (P, L + 1)."""
 
     trained: dict[str, np.ndarray]
     untrained: dict[str, np.ndarray]
@@ -122,18 +124,47 @@ class Look(NamedTuple):
     twin: np.ndarray
 
 
-def separation(states: Tensor, label: np.ndarray, eligible: np.ndarray) -> np.ndarray:
+class Separation(NamedTuple):
+    """`auc` (n,) of each row as an anchor; `pull` (n,): the derivative of the sum of all AUCs by a row's weight as a partner."""
+
+    auc: np.ndarray
+    pull: np.ndarray
+
+
+def separation(states: Tensor, label: np.ndarray, eligible: np.ndarray) -> Separation:
     """AUC of each row of states (n, d) as an anchor: P(cos to an eligible partner with its label > cos to one without) + ties/2.
 
     In [0, 1], null 1/2; nan for a row without a label, or without partners of both kinds. Cosines are of the rows as given, equal
-    up to 1e-10. Cost n^2 (d + log n). Source: math F; Mann and Whitney 1947.
+    up to 1e-10. The derivative of an anchor's AUC A by the weight of a partner is (v - A)/m, with v the share of the other kind
+    that is farther (of a partner with the label) or of the labelled that are closer (of one without), and m how many partners are
+    of its kind. Cost n^2 (d + log n). Source: math F; Mann and Whitney 1947; DeLong, DeLong and Clarke-Pearson 1988.
 
     Args:
         label: (n,), below 0 for none; such rows are no partners either.
         eligible: (n, n), which pairs are compared.
     """
     known, same = _partners(label, eligible)
-    return _auc(_ranks(_cosines(states), known), same, known)
+    other, order = known & ~same, _Order(_cosines(states))
+    positive, negative = same.sum(1, keepdims=True), other.sum(1, keepdims=True)
+    defined = (positive > 0) & (negative > 0)
+    positive, negative = np.maximum(positive, 1), np.maximum(negative, 1)
+    wins = np.where(same, order.below(other) / negative, 1 - order.below(same) / positive)
+    auc = np.where(same, wins, 0.0).sum(1, keepdims=True) / positive
+    pull = np.where(known & defined, (wins - auc) / np.where(same, positive, negative), 0.0).sum(0)
+    return Separation(np.where(defined, auc, np.nan)[:, 0], pull)
+
+
+def by_prompt(found: Separation, prompt: np.ndarray, count: int) -> np.ndarray:
+    """(P,) values of which the mean is the mean AUC of all anchors, and the spread that which it has over draws of prompts.
+
+    A prompt's tokens are anchors, and partners of all others. Its value is the mean AUC plus P times its derivative by the weight
+    of the prompt in all three places (the infinitesimal jackknife); means of AUCs by prompt have the first place alone.
+    nan where no anchor has an AUC.
+    """
+    known = ~np.isnan(found.auc)
+    middle = float(mean(found.auc))
+    added = np.where(known, found.auc - middle, 0.0) + found.pull
+    return middle + count / max(known.sum(), 1) * np.bincount(prompt, added, minlength=count)
 
 
 def _partners(label: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,26 +179,25 @@ def _cosines(states: Tensor) -> np.ndarray:
     return np.round((directions @ directions.mT).cpu().numpy(), SAME)
 
 
-def _ranks(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """Ranks of the known values of each row from 1, the mean rank among equal ones."""
-    values = np.where(known, values, -np.inf)
-    order = values.argsort(1)
-    ascending = np.take_along_axis(values, order, 1)
-    index = np.broadcast_to(np.arange(1.0, len(values) + 1), values.shape)
-    steps = ascending[:, 1:] > ascending[:, :-1]
-    edge = np.ones((len(values), 1), bool)
-    first = np.maximum.accumulate(np.where(np.hstack([edge, steps]), index, 0), 1)
-    last = np.minimum.accumulate(np.where(np.hstack([steps, edge]), index, np.inf)[:, ::-1], 1)[:, ::-1]
-    ranks = np.empty_like(values)
-    np.put_along_axis(ranks, order, (first + last) / 2, 1)
-    return np.where(known, ranks - (~known).sum(1, keepdims=True), 0.0)
+class _Order:
+    """The order within each row of values (n, n), and where runs of equal ones start."""
 
+    def __init__(self, values: np.ndarray):
+        self.order = values.argsort(1)
+        ascending = np.take_along_axis(values, self.order, 1)
+        edge = np.ones(values.shape, bool)
+        edge[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
+        self.bounds = np.append(np.flatnonzero(edge), edge.size)
 
-def _auc(ranks: np.ndarray, same: np.ndarray, known: np.ndarray) -> np.ndarray:
-    positive = same.sum(1).astype(float)
-    negative = known.sum(1) - positive
-    pairs = np.where(positive * negative > 0, positive * negative, np.nan)
-    return (np.where(same, ranks, 0.0).sum(1) - positive * (positive + 1) / 2) / pairs
+    def below(self, some: np.ndarray) -> np.ndarray:
+        """(n, n): how many of `some` (n, n) are below each value in its row, equal ones counting half."""
+        inside = np.take_along_axis(some, self.order, 1)
+        total = np.concatenate([[0], inside.ravel().cumsum()])
+        middle = (total[self.bounds[:-1]] + total[self.bounds[1:]]) / 2
+        found = np.empty(some.shape)
+        counted = np.repeat(middle, np.diff(self.bounds)).reshape(some.shape) - total[: -1 : some.shape[1], None]
+        np.put_along_axis(found, self.order, counted, 1)
+        return found
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,17 +218,17 @@ def _look(subject: Subject, points: int, shuffles: int, tell: Tell) -> Look:
             directions = clusters.centred(state)
             for one in questions:
                 each = _answers(directions, one, chosen, apart, alike)
-                auc[one.name].append(_by_prompt(each, chosen.prompt, len(subject.tokens)))
+                auc[one.name].append(by_prompt(each, chosen.prompt, len(subject.tokens)))
             tell(0.5 * k + 0.45 * (layer + 1) / len(states), f"{word}, layer {layer}")
         found.append(({name: np.stack(values, 1) for name, values in auc.items()}, states, cosine))
     (trained, states, cosine), (untrained, _, twin) = found
-    ends, folds = [states[0], states[-1]], np.empty((0, len(states)))
+    ends, ami = [states[0], states[-1]], np.empty(0)
     shuffled = {one.name: _shuffled(ends, one, chosen, apart, alike, shuffles, random) for one in questions}
     if subject.labels is not None:
         classes = subject.labels[0].flatten().cpu().numpy()[chosen.place]
-        folds = np.stack([_agreement(state, classes, chosen, subject.seed) for state in states], 1)
+        ami = np.array([_agreement(state, classes, chosen.token, subject.seed) for state in states])
     tell(1.0, subject.name)
-    return Look(trained, untrained, shuffled, folds, cosine, twin)
+    return Look(trained, untrained, shuffled, ami, cosine, twin)
 
 
 def _chosen(subject: Subject, points: int) -> Points:
@@ -250,13 +280,14 @@ def _ends(trajectory: Trajectory) -> Iterator[Tensor]:
             yield step.after
 
 
-def _answers(directions: Tensor, one: Question, chosen: Points, apart: np.ndarray, alike: np.ndarray) -> np.ndarray:
+def _answers(directions: Tensor, one: Question, chosen: Points, apart: np.ndarray, alike: np.ndarray) -> Separation:
     """`separation` of every chosen token."""
     if not one.same:
         return separation(directions, one.label, apart & ~alike)
-    found = np.full(len(chosen.token), np.nan)
+    found = Separation(np.full(len(chosen.token), np.nan), np.zeros(len(chosen.token)))
     for rows in _occurrences(chosen.token):
-        found[rows] = separation(directions[torch.from_numpy(rows)], one.label[rows], apart[np.ix_(rows, rows)])
+        some = separation(directions[torch.from_numpy(rows)], one.label[rows], apart[np.ix_(rows, rows)])
+        found.auc[rows], found.pull[rows] = some
     return found
 
 
@@ -266,14 +297,6 @@ def _occurrences(token: np.ndarray) -> Iterator[np.ndarray]:
         rows = np.flatnonzero(token == one)
         if len(rows) > 2:
             yield rows
-
-
-def _by_prompt(values: np.ndarray, prompt: np.ndarray, count: int) -> np.ndarray:
-    """(P,): the mean over a prompt's anchors that have a value."""
-    known = ~np.isnan(values)
-    total = np.bincount(prompt[known], values[known], minlength=count)
-    many = np.bincount(prompt[known], minlength=count)
-    return np.where(many > 0, total / np.maximum(many, 1), np.nan)
 
 
 def _shuffled(
@@ -302,27 +325,32 @@ def _shuffled(
     for column, state in enumerate(states):
         directions = clusters.centred(state)
         if one.same:
-            each = [_answers(directions, one._replace(label=label), chosen, apart, alike) for label in labels]
+            each = [_answers(directions, one._replace(label=label), chosen, apart, alike).auc for label in labels]
         else:
             known = _partners(one.label, apart & ~alike)[0]  # which no permutation changes
-            ranks = _ranks(_cosines(directions), known)
-            each = [_auc(ranks, known & (label == label[:, None]), known) for label in labels]
-        found[:, column] = [_mean(values) for values in each]
+            below = _Order(_cosines(directions)).below(known)
+            each = [_auc(below, known & (label == label[:, None]), known) for label in labels]
+        found[:, column] = [mean(values) for values in each]
     return found
 
 
-def _agreement(state: Tensor, classes: np.ndarray, chosen: Points, seed: int) -> np.ndarray:
-    """(FOLDS,): AMI of k-means with the classes, of one occurrence of every word in a lot of prompts."""
-    prompts = np.unique(chosen.group)
-    found = np.full(FOLDS, np.nan)
-    for fold in range(min(FOLDS, len(prompts))):
-        rows = np.flatnonzero(np.isin(chosen.group, prompts[fold::FOLDS]) & (classes >= 0))
-        rows = rows[np.unique(chosen.token[rows], return_index=True)[1]]
-        k = len(np.unique(classes[rows]))
-        if k > 1:
-            fit = clusters.kmeans(clusters.unit(clusters.centred(state[torch.from_numpy(rows)])).cloud, k, seed, starts=2)
-            found[fold] = clusters.persistence(fit.labels, torch.from_numpy(classes[rows]), ["ami"]).ami
-    return found
+def _auc(below: np.ndarray, same: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """AUC of each row from how many known ones are below: those of the same label have P^2/2 of them among themselves."""
+    positive = same.sum(1).astype(float)
+    negative = known.sum(1) - positive
+    pairs = np.where(positive * negative > 0, positive * negative, np.nan)
+    return (np.where(same, below, 0.0).sum(1) - positive**2 / 2) / pairs
+
+
+def _agreement(state: Tensor, classes: np.ndarray, token: np.ndarray, seed: int) -> float:
+    """AMI of k-means with the classes, of one occurrence of every word; nan for fewer than two classes."""
+    rows = np.flatnonzero(classes >= 0)
+    rows = rows[np.unique(token[rows], return_index=True)[1]]
+    k = len(np.unique(classes[rows]))
+    if k < 2:
+        return float("nan")
+    fit = clusters.kmeans(clusters.unit(clusters.centred(state[torch.from_numpy(rows)])).cloud, k, seed, starts=2)
+    return clusters.persistence(fit.labels, torch.from_numpy(classes[rows]), ["ami"]).ami
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -336,13 +364,14 @@ def _judged(name: str, looks: Sequence[Look], groups: Sequence[np.ndarray], seed
         beyond = [auc[:, -1] - twin[:, -1] for auc, twin in zip(trained, untrained, strict=True)]
         claim = f"occurrences of one word with the same {label} gather at the last layer"
         quantity = "AUC at the last layer - the untrained twin's"
-        null = float(np.mean([_mean(one.shuffled[name][:, 1]) for one in looks])) - 0.5
+        null = float(np.mean([mean(one.shuffled[name][:, 1]) for one in looks])) - 0.5
         interval = over_models(beyond, groups=groups, seed=seed)
-        return [Verdict(claim, SOURCE, quantity, interval, least=LEAST, null=null, against="shuffled labels, less 1/2")]
+        against = "shuffled labels, less 1/2"
+        return [Verdict(claim, SOURCE, quantity, interval, least=LEAST, null=null, against=against, why=draws(len(looks)))]
     gain = over_models([auc[:, -1] - auc[:, 0] for auc in trained], groups=groups, seed=seed)
-    last = [_mean(one.shuffled[name][:, 1]) for one in looks]
+    last = [mean(one.shuffled[name][:, 1]) for one in looks]
     above = over_models([auc[:, -1] - null for auc, null in zip(trained, last, strict=True)], groups=groups, seed=seed)
-    twin = float(np.mean([_mean(auc[:, -1] - auc[:, 0]) for auc in untrained]))
+    twin = float(np.mean([mean(auc[:, -1] - auc[:, 0]) for auc in untrained]))
     why = f"the interval is widened by the spread of shuffled labels, whose AUC is {np.mean(last):.3f}"
     found = [
         Verdict(
@@ -374,7 +403,7 @@ def _deepening(looks: Sequence[Look], groups: Sequence[np.ndarray], seed: int) -
     later = [one.trained[NEXT][:, -1] - one.trained[NEXT][:, 1] for one in looks]
     if any(one.trained[NEXT].shape[1] < 3 for one in looks):
         return []
-    twin = float(np.mean([_mean(one.untrained[NEXT][:, -1] - one.untrained[NEXT][:, 1]) for one in looks]))
+    twin = float(np.mean([mean(one.untrained[NEXT][:, -1] - one.untrained[NEXT][:, 1]) for one in looks]))
     claim = "occurrences of one word with the same next token go on gathering after the first layer"
     interval = over_models(later, groups=groups, seed=seed)
     quantity = "AUC at the last layer - AUC after the first"
@@ -389,60 +418,53 @@ def _widened(interval: Interval, shuffled: Sequence[np.ndarray]) -> Interval:
 
 
 def _clustered(looks: Sequence[Look], seed: int) -> list[Verdict]:
+    """One clustering a model, so that models alone are units."""
     if not all(len(one.ami) for one in looks):
         return []
-    interval = over_models([one.ami[:, -1] - one.ami[:, 0] for one in looks], seed=seed)
-    if interval.of == "prompts":
-        interval = interval._replace(of="lots")
+    interval = bootstrap(np.array([one.ami[-1] - one.ami[0] for one in looks]), of="models", seed=seed)
     claim = "k-means finds the classes of words better at the last layer than in the embedding"
     quantity = "AMI of the clusters of one occurrence of each word, last layer - embedding"
-    why = f"over {FOLDS} disjoint lots of prompts" if interval.of == "lots" else ""
-    return [Verdict(claim, SOURCE, quantity, interval, least=LEAST, null=0.0, against="clusters that ignore depth", why=why)]
+    return [Verdict(claim, SOURCE, quantity, interval, least=LEAST, null=0.0, against="clusters that ignore depth")]
 
 
 def _collapsed(looks: Sequence[Look], groups: Sequence[np.ndarray], seed: int) -> list[Verdict]:
     interval: Interval = over_models([one.cosine[:, -1] for one in looks], groups=groups, seed=seed)
-    twin = float(np.mean([_mean(one.twin[:, -1]) for one in looks]))
+    twin = float(np.mean([mean(one.twin[:, -1]) for one in looks]))
     claim = "the tokens of a prompt collapse to one direction, as in the idealised flow"
     quantity = "mean cosine between the tokens of a prompt at the last layer"
-    return [
-        Verdict(claim, "S0 clustering, math E.1", quantity, interval, least=COLLAPSED, null=twin, against="the untrained twin")
-    ]
+    why = f"that {COLLAPSED} is one direction is ours"
+    source, against = "S0 clustering, math E.1", "the untrained twin"
+    return [Verdict(claim, source, quantity, interval, least=COLLAPSED, null=twin, against=against, why=why)]
 
 
-def _mean(values: np.ndarray) -> float:
-    """nan for nothing."""
-    known = values[np.isfinite(values)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
-def _charts(looks: Sequence[Look], names: Sequence[str]) -> dict[str, Chart]:
+def _charts(looks: Sequence[Look], names: Sequence[str], groups: Sequence[np.ndarray]) -> dict[str, Chart]:
     rows = [
-        (question, line, layer, _mean(column))
-        for name, look in zip(names, looks, strict=True)
+        row
+        for name, look, group in zip(names, looks, groups, strict=True)
         for line, values in ((name, look.trained), (f"untrained {name}", look.untrained))
         for question, auc in values.items()
-        for layer, column in enumerate(auc.T)
+        for row in band(question, line, auc, group)
     ]
     rows += [
-        (question, "theory 1/2", layer, 0.5) for question, auc in looks[0].trained.items() for layer in (0, auc.shape[1] - 1)
+        (question, "theory 1/2", layer, 0.5, math.nan, math.nan)
+        for question, auc in looks[0].trained.items()
+        for layer in (0, auc.shape[1] - 1)
     ]
     caption = "Chance that a token's partner with its label is closer than one without, by layer; 0 is the embedding."
     found: dict[str, Chart] = {"closer": _curves(rows, caption, "AUC")}
     rows = [
-        ("mean cosine", line, layer, _mean(column))
-        for name, look in zip(names, looks, strict=True)
+        row
+        for name, look, group in zip(names, looks, groups, strict=True)
         for line, values in ((name, look.cosine), (f"untrained {name}", look.twin))
-        for layer, column in enumerate(values.T)
+        for row in band("mean cosine", line, values, group)
     ]
     found["collapse"] = _curves(
         rows, "Mean cosine between the tokens of a prompt, first tokens left out, by layer.", "mean cosine"
     )
     rows = [
-        ("k-means and classes", name, layer, _mean(column))
+        ("k-means and classes", name, layer, column, math.nan, math.nan)
         for name, look in zip(names, looks, strict=True)
-        for layer, column in enumerate(look.ami.T)
-        if len(look.ami)
+        for layer, column in enumerate(look.ami)
     ]
     if rows:
         caption = "Agreement of k-means with the classes of words, on one occurrence of each word, by layer; 0 is chance."
@@ -450,5 +472,5 @@ def _charts(looks: Sequence[Look], names: Sequence[str]) -> dict[str, Chart]:
     return found
 
 
-def _curves(rows: Sequence[tuple[str, str, int, float]], caption: str, y: str) -> Curves:
-    return Curves(pd.DataFrame(rows, columns=["panel", "line", "x", "y"]), caption, "layer", y)
+def _curves(rows: Sequence[tuple[str, str, int, float, float, float]], caption: str, y: str) -> Curves:
+    return Curves(pd.DataFrame(rows, columns=BAND), caption, "layer", y)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,26 +10,20 @@ from typing import ClassVar, Literal, NamedTuple, cast
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor, nn
 
 from emformer import parts
 from emformer.geometry import lens
-from emformer.intervals import Interval, over_models
+from emformer.intervals import over_models
 from emformer.model import Emformer
-from emformer.parts import UserError
-from emformer.studies.subjects import Subject, Tell, vocabulary_of
+from emformer.studies.lines import LAYERS, draws, spearman, trend
+from emformer.studies.losses import by_prompt, task
+from emformer.studies.subjects import Subject, Tell
 from emformer.surgery import Means, mean_ablate, means, skip
 from emformer.surgery.copies import copied
 from emformer.theory.outcome import Curves
-from emformer.training.data import Batch
-from emformer.training.learner import nll
 from emformer.training.objectives import IGNORE
 from emformer.verdicts import Findings, Verdict
-
-STREAM = 23  # sets the masks of the objective apart from other random numbers of the seed
-LEAST = 3  # layers that have an early, a middle and a late third
-BEYOND = 1e-9  # what a strict inequality asks of a quantity that can meet its bound exactly
 
 Site = Literal["layer", "attn", "ffn"]
 Way = Literal["skip", "mean", "resample"]
@@ -42,7 +35,9 @@ CALLED = {"layer": "a whole layer", "attn": "attention", "ffn": "the FFN"}
 
 @dataclass(frozen=True)
 class Fragility(parts.Study):
-    """S2 6: early layers are fragile, late ones robust. math H.4.
+    """S2 6: "Early layers are fragile"; "Later layers in wide models are robust". math H.4.
+
+    How wide is wide S2 does not say: a refutation is one at the width of these models.
 
     dL_l = loss without the update of layer l - loss, in nats of the model's own objective, mean over prompts. The update of
     attention, of the FFN or of both is left out ("skip": 0; a norm after the sum and a retraction still act), is its mean at that
@@ -56,8 +51,8 @@ class Fragility(parts.Study):
     An untrained model has no loss to lose, but an early update reaches more layers than a late one. So the twin is asked how much
     its prediction changes, KL_l = KL(p || p without layer l), and the trend of KL_l over the layers is held against the twin's.
 
-    The interval of a trend is over prompts, or over models where there are enough: a trend of one model's few layers is one order
-    of them, and how many orders would show as much is told beside it.
+    Fewer than six models show one profile over the layers, however many prompts: each number is then also held against all orders
+    of the layers (`emformer.studies.lines.trend`), of which four are too few to tell anything.
 
     Fewer than 3 layers have no early and late: all is then told and nothing decided. Masked tokens are masked once, by a
     generator of the study's own.
@@ -76,7 +71,7 @@ class Fragility(parts.Study):
             for site, way, values in _rises(subject):
                 rises[site, way] = values
                 tell((k + len(rises) / (1 + len(SITES) * len(WAYS))) / len(subjects), f"{subject.name}: {way} {site}")
-            shifts = np.concatenate([_shifts(subject, model) for model in (subject.model, subject.untrained())], 1)
+            shifts = np.stack([_shifts(subject, model) for model in (subject.model, subject.untrained())], 1)
             found.append(Found(rises, shifts))
             tell((k + 1) / len(subjects), f"{subject.name}: untrained")
         tell(1.0, "intervals")
@@ -89,49 +84,19 @@ class Fragility(parts.Study):
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
-class Task(NamedTuple):
-    """What the objective shows, (P, T), and asks for, `IGNORE` where it asks nothing."""
-
-    inputs: Tensor
-    targets: Tensor
-
-
-def task(subject: Subject) -> Task:
-    """The prompts cut by the objective that the model was trained for. Masks are drawn by a generator of their own.
-
-    Raises:
-        UserError: where the model would see what it is asked for, or has no id for a mask token.
-    """
-    model, objective = subject.model, subject.loaded.config.training.objective
-    objective.check([model.layer(k).attention.mask for k in range(model.settings.depth)])
-    vocab = vocabulary_of(subject)
-    if vocab + objective.extra_tokens > model.vocab:
-        raise UserError(f"{subject.name}: its tokenizer has no mask token, and its model no id to stand for one.")
-    random = np.random.default_rng((STREAM, subject.seed))
-    inputs, targets = objective.cut(subject.tokens.cpu().numpy(), random, vocab)
-    return Task(*(torch.from_numpy(np.ascontiguousarray(x)).to(subject.tokens) for x in (inputs, targets)))
-
-
 class Found(NamedTuple):
     """Of one model: dL_l of every prompt (P, L), nan where there is nothing to leave out; KL_l of the model and, behind it, of
-    its untrained twin (P, 2 L)."""
+    its untrained twin (P, 2, L)."""
 
     rises: dict[tuple[Site, Way], np.ndarray]
     shifts: np.ndarray
-
-
-@torch.no_grad()
-def losses(model: Emformer, inputs: Tensor, targets: Tensor) -> np.ndarray:
-    """-log p(target) in nats, the mean over the targets of each prompt (B,)."""
-    each = nll(model, Batch(inputs, targets, 1, 0), reduction="none").view_as(targets).double()
-    return (each.sum(1) / (targets != IGNORE).sum(1)).cpu().numpy()
 
 
 def _rises(subject: Subject) -> Iterator[tuple[Site, Way, np.ndarray]]:
     """dL_l of every prompt (P, L), site by site and way by way; nan where there is nothing to leave out."""
     given, model = task(subject), subject.model
     lots = [(given.inputs[some], given.targets[some]) for some in subject.batches()]
-    usual = np.concatenate([losses(model, *lot) for lot in lots])
+    usual = np.concatenate([by_prompt(model, *lot) for lot in lots])
     mean = means(model, [inputs for inputs, _ in lots])
     for site in SITES:
         for way in WAYS:
@@ -170,13 +135,13 @@ def _without(
             if len(inputs) < 2:  # nobody to take an update from
                 yield np.full(len(inputs), math.nan)
             else:
-                yield losses(resampled(model, inputs, layer, points), inputs, targets)
+                yield by_prompt(resampled(model, inputs, layer, points), inputs, targets)
         return
     changed = model
     for point in points:
         changed = skip(changed, point, layer) if way == "skip" else mean_ablate(changed, mean, point, layer)
     for inputs, targets in lots:
-        yield losses(changed, inputs, targets)
+        yield by_prompt(changed, inputs, targets)
 
 
 class Given(nn.Module):
@@ -221,90 +186,52 @@ def resampled(model: Emformer, inputs: Tensor, layer: int, points: Sequence[str]
 # Verdicts -------------------------------------------------------------------------------------------------------------
 
 
-def spearman(rises: np.ndarray) -> np.ndarray:
-    """(R, L) -> (R,): Spearman's correlation of l and dL_l, in [-1, 1]; nan for fewer than 3 layers, or where all are equal."""
-    layers = rises.shape[1]
-    if layers < LEAST:
-        return np.full(len(rises), math.nan)
-    ranks = stats.rankdata(rises, axis=1)
-    ranks -= ranks.mean(1, keepdims=True)
-    place = np.arange(layers) - (layers - 1) / 2
-    size = np.sqrt((ranks**2).sum(1) * (place**2).sum())
-    return np.divide(ranks @ place, size, out=np.full(len(rises), math.nan), where=size > 0)
-
-
-def by_chance(value: float, layers: int) -> float:
-    """The share of orders of the layers whose Spearman correlation is at most this: exact up to 7 layers, else of 5040 random
-    orders."""
-    if layers <= 7:
-        orders = np.array(list(itertools.permutations(range(layers))), dtype=float)
-    else:
-        orders = np.random.default_rng(STREAM).permuted(np.tile(np.arange(float(layers)), (5040, 1)), axis=1)
-    return float(np.mean(spearman(orders) <= value + 1e-9))
-
-
 def share(rises: np.ndarray) -> np.ndarray:
-    """(R, L) -> (R,): first/(first + last) of the mean dL of the first and of the last third of the layers, each at least 0.
+    """(…, L) -> (…): first/(first + last) of the mean dL of the first and of the last third of the layers, each at least 0.
 
     R/(1 + R) with R their ratio, in [0, 1]. nan for fewer than 3 layers, or where neither third loses anything.
     """
-    layers = rises.shape[1]
-    if layers < LEAST:
-        return np.full(len(rises), math.nan)
+    layers = rises.shape[-1]
+    if layers < LAYERS:
+        return np.full(rises.shape[:-1], math.nan)
     third = layers // 3
-    first, last = (np.maximum(some.mean(1), 0.0) for some in (rises[:, :third], rises[:, layers - third :]))
+    first, last = (np.maximum(some.mean(-1), 0.0) for some in (rises[..., :third], rises[..., layers - third :]))
     total = first + last
-    return np.divide(first, total, out=np.full(len(rises), math.nan), where=total > 0)
+    return np.divide(first, total, out=np.full(total.shape, math.nan), where=total > 0)
 
 
 def beyond(shifts: np.ndarray) -> np.ndarray:
-    """(R, 2 L) -> (R,): `spearman` of the first L columns less that of the others, in [-2, 2]."""
-    mine, its = np.split(shifts, 2, axis=1)
-    return spearman(mine) - spearman(its)
+    """(…, 2, L) -> (…): `spearman` of the first profile less that of the second, in [-2, 2]."""
+    both = spearman(shifts)
+    return both[..., 0] - both[..., 1]
 
 
 STATISTICS = {"Spearman": spearman, "share": share}
 
 
-def _interval(
-    found: Sequence[Found],
-    groups: Sequence[np.ndarray],
-    key: tuple[Site, Way],
-    name: str,
-    first: int,
-) -> Interval:
-    """From layer `first` on, of the layers that have this site."""
-    values = []
-    for each in found:
-        one = each.rises[key][:, first:]
-        values.append(one[:, ~np.isnan(one).all(0)])
-    if any(one.shape[1] < LEAST for one in values):
-        return Interval(math.nan, math.nan, math.nan, min(len(np.unique(one)) for one in groups), "prompts")
-    return over_models(values, STATISTICS[name], groups=groups)
-
-
 def _verdicts(found: Sequence[Found], groups: Sequence[np.ndarray], subjects: Sequence[Subject]) -> list[Verdict]:
-    depth = min(subject.model.settings.depth for subject in subjects)
-    shallow = f"early against late takes {LEAST} layers that have it, and there are fewer"
+    seed = subjects[0].seed
 
     def verdict(claim: str, site: Site, way: Way, name: str, first: int = 0) -> Verdict:
-        measured = _interval(found, groups, (site, way), name, first)
-        left = " without layer 0" if first else ""
-        why = ""
-        if math.isnan(measured.value):
-            why = shallow if depth - first < LEAST or site == "ffn" else "no layer is missed: the loss rises nowhere"
+        values = [one.rises[site, way][:, first:] for one in found]
+        values = [one[:, ~np.isnan(one).all(0)] for one in values]  # the layers that have this site
+        measured, why = trend(values, STATISTICS[name], groups=groups, seed=seed)
+        if math.isnan(measured.value) and not why:
+            why = "no layer is missed: the loss rises nowhere"
+        what = f"{way} of {CALLED[site]}{' without layer 0' if first else ''}"
         if name == "Spearman":
-            quantity = f"Spearman(l, dL_l), {way} of {CALLED[site]}{left}"
-            if not why and measured.of == "prompts":
-                share_of = by_chance(measured.value, depth - first)
-                why = f"of all orders of {depth - first} layers {share_of:.2g} have as low a trend" if site != "ffn" else ""
-            return Verdict(claim, "S2 6", quantity, measured, most=-BEYOND, null=0.0, against="no trend in depth", why=why)
-        if not why:
+            quantity = f"Spearman(l, dL_l), {what}"
+            return Verdict(claim, "S2 6", quantity, measured, most=0.0, null=0.0, against="no trend in depth", why=why)
+        if math.isfinite(measured.value):
             value = measured.value
-            why = f"R = {value / (1 - value):.3g}" if value < 1 else "the last third loses nothing"
-        quantity = f"R/(1 + R), R = mean dL of the first third / of the last, {way} of {CALLED[site]}{left}"
-        return Verdict(claim, "S2 6", quantity, measured, least=0.5 + BEYOND, null=0.5, against="thirds alike", why=why)
+            ratio = f"R = {value / (1 - value):.3g}" if value < 1 else "the last third loses nothing"
+            why = "; ".join(filter(None, (ratio, why)))
+        quantity = f"R/(1 + R), R = mean dL of the first third / of the last, {what}"
+        return Verdict(claim, "S2 6", quantity, measured, least=0.5, null=0.5, against="thirds alike", why=why)
 
+    more, why = trend([one.shifts for one in found], beyond, groups=groups, seed=seed)
+    if math.isfinite(more.value):
+        why = "; ".join(filter(None, ("the model's and the twin's: " + _trends(found), draws(len(found)), why)))
     return [
         verdict("the earlier a layer, the more the model misses it", "layer", "skip", "Spearman"),
         verdict("the first third of the layers is missed more than the last", "layer", "skip", "share"),
@@ -321,19 +248,18 @@ def _verdicts(found: Sequence[Found], groups: Sequence[np.ndarray], subjects: Se
             "that early layers are fragile is the work of training",
             "S2 6",
             "Spearman(l, KL_l), skip of a whole layer, less that of the untrained twin",
-            over_models([one.shifts for one in found], beyond, groups=groups),
-            most=-BEYOND,
+            more,
+            most=0.0,
             null=0.0,
             against="the untrained twin",
-            why=shallow if depth < LEAST else "the model's and the twin's: " + _trends(found),
+            why=why,
         ),
     ]
 
 
 def _trends(found: Sequence[Found]) -> str:
     """Spearman of the mean KL_l, of the models and of their twins."""
-    sides = zip(*(np.split(one.shifts.mean(0, keepdims=True), 2, axis=1) for one in found), strict=True)
-    return ", ".join(f"{np.mean([spearman(one) for one in side]):.3g}" for side in sides)
+    return ", ".join(f"{one:.3g}" for one in np.mean([spearman(one.shifts.mean(0)) for one in found], axis=0))
 
 
 def _chart(subjects: Sequence[Subject], found: Sequence[Found], groups: Sequence[np.ndarray]) -> Curves:
@@ -346,7 +272,7 @@ def _chart(subjects: Sequence[Subject], found: Sequence[Found], groups: Sequence
                 columns = [found[k].rises[site, way][:, layer] for k in have]
                 if any(np.isnan(column).all() for column in columns):
                     continue
-                one = over_models(columns, groups=[groups[k] for k in have])
+                one = over_models(columns, groups=[groups[k] for k in have], seed=subjects[0].seed)
                 rows.append((CALLED[site], way, layer, one.value, one.low, one.high))
     unit = subjects[0].loaded.config.training.objective.unit
     caption = (
@@ -361,14 +287,16 @@ def _shift(found: Sequence[Found]) -> Curves:
     rows = []
     for k, line in enumerate(("trained", "untrained twin")):
         for one in found:
-            rows += [("the prediction", line, layer, y) for layer, y in enumerate(np.split(one.shifts.mean(0), 2)[k])]
+            rows += [("the prediction", line, layer, y) for layer, y in enumerate(one.shifts[:, k].mean(0))]
     frame = pd.DataFrame(rows, columns=["panel", "line", "x", "y"])
     frame = frame.groupby(["panel", "line", "x"], sort=False, as_index=False).mean()
     return Curves(frame, "How far the prediction moves when a whole layer is skipped.", "layer", "KL(p || p without), nats")
 
 
 def _note(subjects: Sequence[Subject]) -> str:
+    width = subjects[0].model.settings.dim
     said = [
+        f"S2 says that late layers of wide models are robust, and not how wide that is; here d = {width}.",
         "A skipped first layer leaves later ones with states they never saw; the mean and another prompt's update do so less.",
         "Later layers meet a stream that has grown, so that an update of one size turns it less: that late layers are robust "
         "may be true of any sum.",

@@ -10,7 +10,6 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 from torch import Tensor
 
 from emformer import parts
@@ -21,6 +20,7 @@ from emformer.intervals import over_models
 from emformer.masks import Visible
 from emformer.model import Emformer
 from emformer.parts import UserError
+from emformer.studies.lines import BAND, band, draws, mean, spearman, trend
 from emformer.studies.subjects import Subject, Tell
 from emformer.theory.outcome import Curves
 from emformer.trajectory import Trajectory
@@ -41,8 +41,8 @@ class Ranges(parts.Study):
     token, its weights made anew; R_i = sum over r of |D_i(r) - D_i|/|D_i|, the mean distance of what the update is made of, over
     the same number for uniform weights. A key that is looked at and says nothing counts in the first and not in the second.
 
-    Depth is the layer's number, and trend Spearman's correlation with it. The untrained twin has no reason for any trend. Cost:
-    14 passes of attention, a few seconds for the default.
+    Depth is the layer's number, and trend Spearman's correlation with it, held against all orders of the layers as well. The
+    untrained twin has no reason for any trend. Cost: 14 passes of attention, a few seconds for the default.
     """
 
     name: ClassVar[str] = "ranges"
@@ -63,27 +63,24 @@ class Ranges(parts.Study):
         verdicts = []
         for name, verb in ((LOOKS, "look"), (WRITES, "write from")):
             trained, twins = ([getattr(pair[one], verb.split()[0]) for pair in looks] for one in (0, 1))
-            trend = over_models(trained, _trend, groups=groups, seed=seed)
-            null = float(np.mean([float(_trend(_mean(twin)[None])[0]) for twin in twins]))
+            measured, why = trend(trained, groups=groups, seed=seed)
+            null = float(np.mean([float(spearman(mean(twin, 0))) for twin in twins]))
             claim, against = f"later layers {verb} farther away than earlier ones", "the untrained twin"
             quantity = f"Spearman's correlation of the layer with the {name}"
-            verdicts.append(Verdict(claim, SOURCE, quantity, trend, least=0.0, null=null, against=against))
+            verdicts.append(Verdict(claim, SOURCE, quantity, measured, least=0.0, null=null, against=against, why=why))
             gain = [
-                values[:, -1] - values[:, 0] - (_mean(twin)[-1] - _mean(twin)[0])
-                for values, twin in zip(trained, twins, strict=True)
+                values[:, -1] - values[:, 0] - (twin[:, -1] - twin[:, 0]) for values, twin in zip(trained, twins, strict=True)
             ]
             claim = f"training makes the last layer {verb} farther away than the first"
             quantity = f"{name}, last layer - first, less the twin's"
             interval = over_models(gain, groups=groups, seed=seed)
-            verdicts.append(Verdict(claim, SOURCE, quantity, interval, least=LEAST, null=0.0, against=against))
+            why = draws(len(subjects))
+            verdicts.append(Verdict(claim, SOURCE, quantity, interval, least=LEAST, null=0.0, against=against, why=why))
             first = over_models([values[:, 0] for values in trained], groups=groups, seed=seed)
-            null = float(np.mean([_mean(twin)[0] for twin in twins]))
+            null = float(np.mean([mean(twin[:, 0]) for twin in twins]))
             claim = f"the first layer {'looks' if verb == 'look' else 'writes from'} nearer than uniform weights"
             verdicts.append(Verdict(claim, SOURCE, f"{name}, first layer", first, most=1.0, null=null, against=against))
-        note = (
-            "Ranges are ratios: 1 is what uniform weights on the visible tokens give. A trend over few layers takes few values, "
-            "so that its interval often is a point."
-        )
+        note = "Ranges are ratios: 1 is what uniform weights on the visible tokens give."
         return Findings(verdicts, {"ranges": _chart(subjects, looks), "tails": _tails(subjects, looks)}, note)
 
 
@@ -170,29 +167,18 @@ def _writes(trajectory: Trajectory, k: int) -> tuple[Tensor, Tensor]:
     return sums[0] / sums[1].where(sums[1] > 0, torch.nan), tails[0]
 
 
-def _trend(means: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of columns (R, L) with their number, nan where all are alike."""
-    ranks = stats.rankdata(means, axis=1)
-    layer = np.arange(1.0, means.shape[1] + 1)
-    a, b = ranks - ranks.mean(1, keepdims=True), layer - layer.mean()
-    scale = np.sqrt((a**2).sum(1) * (b**2).sum())
-    return (a @ b) / np.where(scale > 0, scale, math.nan)
-
-
-def _mean(values: np.ndarray) -> np.ndarray:
-    """(L,), over prompts that have all."""
-    known = np.isfinite(values).all(1)
-    return values[known].mean(0) if known.any() else np.full(values.shape[1], math.nan)
-
-
 def _chart(subjects: Sequence[Subject], looks: Sequence[Sequence[Measured]]) -> Curves:
     rows = []
     for subject, pair in zip(subjects, looks, strict=True):
         for one, line in zip(pair, (subject.name, f"untrained {subject.name}"), strict=True):
             for panel, values in ((LOOKS, one.look), (WRITES, one.write)):
-                rows += [(panel, line, layer, value) for layer, value in enumerate(_mean(values))]
-    rows += [(panel, "theory uniform", layer, 1.0) for panel in (LOOKS, WRITES) for layer in (0, looks[0][0].look.shape[1] - 1)]
-    frame = pd.DataFrame(rows, columns=["panel", "line", "x", "y"])
+                rows += band(panel, line, values, subject.groups.numpy())
+    rows += [
+        (panel, "theory uniform", layer, 1.0, math.nan, math.nan)
+        for panel in (LOOKS, WRITES)
+        for layer in (0, looks[0][0].look.shape[1] - 1)
+    ]
+    frame = pd.DataFrame(rows, columns=BAND)
     caption = (
         "Mean distance of what attention looks at, and of what its update is made of, over that of uniform weights, by layer."
     )

@@ -17,6 +17,7 @@ from emformer.geometry.spectra import wide
 from emformer.intervals import over_models
 from emformer.model import Emformer
 from emformer.parts import UserError
+from emformer.studies.lines import BAND, band
 from emformer.studies.subjects import AT_ONCE, Subject, Tell, part_of
 from emformer.theory.outcome import Curves
 from emformer.trajectory import capture
@@ -24,7 +25,7 @@ from emformer.verdicts import Findings, Verdict
 
 SOURCE = "S0 readout"
 ROUNDING = 1e-5  # of a loss in float32, nats
-NEEDED = 0.05  # share of what the others are worth below which the last point needs them no more
+NEEDED = 0.05  # share of what the others are worth below which the last point needs them no more: ours
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Readout(parts.Study):
                 null=0.0,
                 against="arithmetic",
                 why="an identity, as the unembedding reads one token",
+                check=True,
             ),
         ]
         if needs[0].shape[1] > 1:
@@ -121,7 +123,7 @@ class Readout(parts.Study):
             )
         names = [subject.name for subject in subjects]
         note = " ".join(_alone(name, one.cut.mean(0)) for name, (one, _) in zip(names, found, strict=True))
-        return Findings(verdicts, _charts(names, found), note)
+        return Findings(verdicts, _charts(names, found, groups), note)
 
 
 class Losses(NamedTuple):
@@ -207,34 +209,35 @@ def _alone(name: str, cut: np.ndarray) -> str:
     if not worth[0] > 0:
         return f"{name}: the others are worth nothing to the last point."
     layer = int(np.flatnonzero(worth <= NEEDED * worth[0])[0])
-    told = "in all layers" if layer == len(cut) - 1 else f"before layer {layer}, and hardly from there on"
+    told = (
+        "in all layers" if layer == len(cut) - 1 else f"before layer {layer}, and from there on for less than {NEEDED:.0%} of it"
+    )
     losses = ", ".join(f"{one:.2f}" for one in worth)
     return f"{name}: the last point needs the others {told}; cut off from each layer on it loses {losses} nats."
 
 
-def _charts(names: Sequence[str], found: Sequence[tuple[Losses, Losses]]) -> dict[str, Curves]:
+def _charts(names: Sequence[str], found: Sequence[tuple[Losses, Losses]], groups: Sequence[np.ndarray]) -> dict[str, Curves]:
     points, layers = [], []
-    for name, (one, twin) in zip(names, found, strict=True):
+    for name, (one, twin), group in zip(names, found, groups, strict=True):
         for line, losses in ((name, one), (f"untrained {name}", twin)):
-            points += [("next token", line, k, value) for k, value in enumerate(losses.points.mean(0))]
+            points += band("next token", line, losses.points, group)
         for panel, kind in (
             ("cut off from layer", "cut"),
             ("others exchanged from layer", "exchanged"),
             ("read at layer", "lens"),
         ):
             for line, losses in ((name, one), (f"untrained {name}", twin)):
-                layers += [(panel, line, layer, value) for layer, value in enumerate(getattr(losses, kind).mean(0))]
-    columns = ["panel", "line", "x", "y"]
+                layers += band(panel, line, getattr(losses, kind), group)
     return {
         "layers": Curves(
-            pd.DataFrame(layers, columns=columns),
+            pd.DataFrame(layers, columns=BAND),
             "Loss of the next token where the last point is cut off from the others, or reads another prompt's, from this layer "
             "on (the last number: never), and by the logit lens.",
             "layer",
             "nats",
         ),
         "points": Curves(
-            pd.DataFrame(points, columns=columns),
+            pd.DataFrame(points, columns=BAND),
             "Loss of the token after the last point, read off the point so many tokens before it, in the last layer.",
             "tokens before the last point",
             "nats",

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -20,20 +20,22 @@ from emformer.intervals import Interval, Statistic, first, over_models
 from emformer.model import Emformer
 from emformer.observables.sinks import contents, see
 from emformer.parts import UserError
-from emformer.studies.lines import averaged, points
-from emformer.studies.subjects import AT_ONCE, Subject, Tell, part_of, vocabulary_of
+from emformer.studies.lines import averaged, draws, points, unlike
+from emformer.studies.losses import by_token, task
+from emformer.studies.subjects import AT_ONCE, Subject, Tell, part_of
 from emformer.theory.outcome import Chart, Curves
+from emformer.training.objectives import IGNORE
 from emformer.trajectory import Trajectory, capture
 from emformer.verdicts import Findings, Verdict
 
-STREAM = 6  # sets these random numbers apart
 SAME = 32  # prompts that are given one first token
 IDENTITY = 1e-6  # of a cosine, math J 25
 CONSTANT = 0.99  # cosine of vectors that are called the same; S2 tells .994
 MORE = 0.01  # a difference of cosines, or of shares of heads, that is one
 COST = 1e-4  # nats a token: a difference of losses that is one
-VALVE = 0.1  # of its mean: a weight that varies by more is no constant
+VALVE = 0.1  # of its mean: a weight that varies by more is no constant; ours, as SLIGHT is
 SLIGHT = 0.1  # of what removal costs: what costs less costs next to nothing
+OURS = "{} is a threshold of ours: S2 gives none"
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,9 @@ class Sinks(parts.Study):
     """D_i = (1 - lam_i) F m_i^rest + lam_i F y_1: is lam large, is F y_1 a constant, and is it as a constant that it serves?
     math H.2, S2 7 and 9.2; Gu et al. 2024, "When attention sink emerges in language models" (2410.10781).
 
-    A head is a sink head if token 1 is a sink, alpha_1 > `threshold`, in more than the share `heads` of prompts. What is claimed
-    of sinks is measured on these heads; of models that have none it is undecided, and charts show all heads.
+    A head is a sink head if token 1 is a sink, alpha_1 > `threshold`, in more than the share `heads` of one half of the prompts.
+    What is claimed of sinks is measured on these heads and on the other half, which shares no text with the first; of models that
+    have none it is undecided, and charts show all heads.
 
     F y_1 of two contexts is compared where their first tokens differ, a prompt for every token. Prompts with the same one have a
     cosine of 1 in any causal model, trained or not, because token 1 sees itself alone: that is a test of causality, which is done
@@ -50,9 +53,9 @@ class Sinks(parts.Study):
     with the mean of F y_j over the other positions removed. F y is effective, the norm's bias left out.
 
     Ablations of the sink heads, all at once: token 1 hidden from all queries and the rest renormalised; its content replaced by
-    0, or by its mean over the other half of the prompts, under the same weights. The same is done to the token at `control`. What
-    is told is the change of the model's own loss, over the queries that see both. Contents can be replaced where weights sum to
-    one, tokens hidden where rows are computed by themselves.
+    0, or by its mean over the half of the prompts that chose them, under the same weights. The same is done to the token at
+    `control`. What is told is the change of the model's own loss, over the queries that see both. Contents can be replaced where
+    weights sum to one, tokens hidden where rows are computed by themselves.
 
     Cost: about seven passes over the prompts with loss, four without.
 
@@ -68,7 +71,7 @@ class Sinks(parts.Study):
 
     name: ClassVar[str] = "sinks"
     title: ClassVar[str] = "are attention sinks constant affine biases?"
-    prompts: ClassVar[int] = 128
+    prompts: ClassVar[int] = 192
 
     def __post_init__(self) -> None:
         for word, value in (("threshold", self.threshold), ("heads", self.heads)):
@@ -87,15 +90,36 @@ class Sinks(parts.Study):
         found = []
         for k, subject in enumerate(subjects):
             inner = part_of(tell, k / len(subjects), (k + 1) / len(subjects))
-            own = look(subject, subject.model, self)
-            inner(0.15, subject.name)
-            twin = look(subject, subject.untrained(), self)
+            chooser, judge = halved(subject)
+            some = look(chooser, subject.model, self).chosen(self.heads)
+            inner(0.1, f"{subject.name}, sink heads")
+            own = look(judge, subject.model, self)
+            inner(0.2, subject.name)
+            twin = look(judge, subject.untrained(), self)
             inner(0.3, f"{subject.name}, untrained")
-            some = own.chosen(self.heads)
-            loss = effects(subject, own.by_layer(some), self.control, part_of(inner, 0.3, 1.0)) if len(some) else NO_HEADS
-            found.append(One(subject, own, twin, some, loss))
+            last = part_of(inner, 0.3, 1.0)
+            loss = effects(judge, chooser, own.by_layer(some), self.control, last) if len(some) else NO_HEADS
+            found.append(One(judge, own, twin, some, loss))
             inner(1.0, subject.name)
         return Findings(_verdicts(found, self), _charts(found, self), _note(found, self))
+
+
+def halved(subject: Subject) -> tuple[Subject, Subject]:
+    """The subject with every other text, and with the rest of them.
+
+    Raises:
+        UserError: where all prompts share one text.
+    """
+    _, text = np.unique(subject.groups.numpy(), return_inverse=True)
+    if text.max() < 1:
+        raise UserError(f"sinks: the prompts of {subject.name} share one text; heads are chosen on one and judged on another.")
+
+    def part(half: int) -> Subject:
+        some = torch.from_numpy(np.flatnonzero(text % 2 == half))
+        labels = None if subject.labels is None else subject.labels[:, some]
+        return replace(subject, tokens=subject.tokens[some], labels=labels, groups=subject.groups[some])
+
+    return part(0), part(1)
 
 
 # What token 1 gives ---------------------------------------------------------------------------------------------------
@@ -110,7 +134,7 @@ class Looked:
         rate, alpha, later: (P, N) whether token 1 is a sink, its mean weight, and that of the control.
         share, drain, variation: (P, N) |lam F y_1|/|D|, |F y_1|/median |F y_j|, and sd/mean of lam over the queries.
         even: (2, N) rate and alpha of uniform weights.
-        pulse: (P/2, 2, N) of pairs of prompts, see `_pulse`.
+        pulse: (pairs, 2, N) of pairs of prompts, see `_pulse`.
         cosines: "different" and "control" (pairs, 2, N) of F y, raw and centred, of token 1 and of the control in prompts that
             begin differently; "same" of token 1 in two contexts that begin with one token.
     """
@@ -150,14 +174,15 @@ def look(subject: Subject, model: Emformer, setting: Sinks) -> Looked:
     mean = found["total"].sum(0) / (found["alpha"].shape[0] * (subject.tokens.shape[1] - 1))
     begin, later = (subject.tokens[:, k].tolist() for k in (0, setting.control - 1))
     chosen = pairs(begin, later, subject.groups.tolist())
-    same = _same_first(subject, model)
+    alone = np.sort(np.unique(subject.groups.numpy(), return_index=True)[1])  # one prompt of each text
+    same = _same_first(subject.tokens[torch.from_numpy(alone)], model)
     heads = np.array(layer)
     return Looked(
         heads,
         np.array([k - layer.index(one) for k, one in enumerate(layer)]),
         *(found[name].numpy() for name in ("rate", "alpha", "later", "share", "drain", "variation")),
         found["even"][0].T.numpy(),
-        _pulse(found["lam"].numpy()),
+        _pulse(found["lam"].numpy()[alone]),
         {
             "different": _cosines(found["first"], mean, chosen),
             "control": _cosines(found["control"], mean, chosen),
@@ -231,10 +256,11 @@ def _cosines(values: Tensor, mean: Tensor, chosen: Sequence[tuple[int, int]]) ->
     return torch.stack(found, 1).numpy()
 
 
-def _same_first(subject: Subject, model: Emformer) -> Tensor:
-    """F y_1 (P', N, d) in contexts that all begin with the token that most of the prompts begin with."""
-    tokens = subject.tokens[:SAME].clone()
-    tokens[:, 0] = Counter(subject.tokens[:, 0].tolist()).most_common(1)[0][0]
+def _same_first(tokens: Tensor, model: Emformer) -> Tensor:
+    """F y_1 (P', N, d) in contexts that all begin with the token that most of the prompts (P, T) begin with."""
+    begin = Counter(tokens[:, 0].tolist()).most_common(1)[0][0]
+    tokens = tokens[:SAME].clone()
+    tokens[:, 0] = begin
     found = []
     for start in range(0, len(tokens), AT_ONCE):
         trajectory = capture(model, tokens[start : start + AT_ONCE])
@@ -272,27 +298,26 @@ NO_HEADS = Effects({}, dict.fromkeys(EDITS, "token 1 is a sink of no head"))
 
 
 @torch.no_grad()
-def effects(subject: Subject, heads: Mapping[int, tuple[int, ...]], control: int, tell: Tell) -> Effects:
-    """What the loss does when token 1, or the one at `control`, is edited in these heads of these layers."""
-    model, objective = subject.model, subject.loaded.config.training.objective
-    vocab = vocabulary_of(subject)
+def effects(subject: Subject, others: Subject, heads: Mapping[int, tuple[int, ...]], control: int, tell: Tell) -> Effects:
+    """What the loss does when token 1, or the one at `control`, is edited in these heads of these layers.
+
+    A mean is that of the prompts of `others`: of its own, a token would be part.
+    """
+    model = subject.model
     try:
-        objective.check([model.layer(k).attention.mask for k in range(model.settings.depth)])
+        inputs, targets = task(subject)
+        elsewhere = task(others).inputs
     except UserError as error:
         return Effects({}, dict.fromkeys(EDITS, f"no loss: {error}"))
-    if vocab + objective.extra_tokens > model.vocab:
-        return Effects({}, dict.fromkeys(EDITS, "no loss: the model has no id for a mask token"))
-    random = np.random.default_rng((STREAM, subject.seed))
-    shown, wanted = objective.cut(subject.tokens.cpu().numpy(), random, vocab)
-    inputs, targets = (torch.from_numpy(np.ascontiguousarray(x)).to(subject.tokens) for x in (shown, wanted))
-    targets = targets.masked_fill(~_sees_both(model, heads, control, inputs.shape[1]).to(targets.device), -100)
-    why = _impossible(model, heads, inputs, targets)
+    targets = targets.masked_fill(~_sees_both(model, heads, control, inputs.shape[1]).to(targets.device), IGNORE)
+    why = _impossible(model, heads, elsewhere, targets)
     possible = [edit for edit in EDITS if edit not in why]
-    whole = _losses(subject, model, inputs, targets) if possible else np.empty(0)
+    whole = by_token(model, inputs, targets) if possible else np.empty(0)
     change = {}
     for k, edit in enumerate(possible):
+        how = edit if edit != "mean" else surgery.means(model, elsewhere.split(AT_ONCE))
         for token, position in (("first", 0), ("control", control - 1)):
-            change[edit, token] = _edited(subject, heads, edit, position, inputs, targets) - whole
+            change[edit, token] = by_token(_cut(model, heads, how, position), inputs, targets) - whole
         tell((k + 1) / len(possible), f"{subject.name}: {edit}")
     return Effects(change, why)
 
@@ -307,9 +332,9 @@ def _sees_both(model: Emformer, heads: Mapping[int, tuple[int, ...]], control: i
     return both
 
 
-def _impossible(model: Emformer, heads: Mapping[int, tuple[int, ...]], inputs: Tensor, targets: Tensor) -> dict[Edit, str]:
-    """Edits that cannot be made, and why."""
-    if not (targets >= 0).any():
+def _impossible(model: Emformer, heads: Mapping[int, tuple[int, ...]], others: Tensor, targets: Tensor) -> dict[Edit, str]:
+    """Edits that cannot be made, and why; a mean is one over `others`."""
+    if not (targets != IGNORE).any():
         return dict.fromkeys(EDITS, "no query that predicts anything sees both tokens under this mask")
     kernels = [model.layer(layer).attention.kernel for layer in heads]
     found = {}
@@ -317,23 +342,8 @@ def _impossible(model: Emformer, heads: Mapping[int, tuple[int, ...]], inputs: T
         found["hidden"] = "the kernel balances columns too: no token can be hidden from it"
     if not all(kernel.normalised for kernel in kernels):
         found |= dict.fromkeys(EDITS[1:], "the kernel's rows do not sum to one: what they lack is not the sink's alone")
-    elif len(set(inputs[:, 0].tolist())) < 6:
+    elif len(set(others[:, 0].tolist())) < 6:
         found["mean"] = "the prompts have too few first tokens: the mean of what one token gives is that token"
-    return found
-
-
-def _edited(
-    subject: Subject, heads: Mapping[int, tuple[int, ...]], edit: Edit, position: int, inputs: Tensor, targets: Tensor
-) -> np.ndarray:
-    """Losses (P, T) of the edited model. A mean is that of the other half of the prompts: of its own, a token would be part."""
-    if edit != "mean":
-        return _losses(subject, _cut(subject.model, heads, edit, position), inputs, targets)
-    found = np.empty(inputs.shape)
-    for half in (0, 1):
-        others = inputs[1 - half :: 2]
-        means = surgery.means(subject.model, (others[k : k + AT_ONCE] for k in range(0, len(others), AT_ONCE)))
-        copy = _cut(subject.model, heads, means, position)
-        found[half::2] = _losses(subject, copy, inputs[half::2], targets[half::2])
     return found
 
 
@@ -348,17 +358,6 @@ def _cut(
         else:
             model = surgery.replace_sink(model, how, position, layers, some)
     return model
-
-
-def _losses(subject: Subject, model: Emformer, inputs: Tensor, targets: Tensor) -> np.ndarray:
-    """-log p(target) in nats (P, T), nan where there is none."""
-    found = []
-    for start in range(0, len(inputs), AT_ONCE):
-        logits = model(inputs[start : start + AT_ONCE])
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        loss = functional.cross_entropy(wide.transpose(1, 2), targets[start : start + AT_ONCE], reduction="none")
-        found.append(loss.where(targets[start : start + AT_ONCE] >= 0, torch.nan).double().cpu())
-    return torch.cat(found).numpy()
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------
@@ -385,7 +384,7 @@ def _verdicts(found: Sequence[One], setting: Sinks) -> list[Verdict]:
     having = [one for one in found if len(one.some)]
     none = "" if having else _none(found, setting)
     few = none or ("" if all(len(one.own.cosines["different"]) for one in having) else "all prompts begin with the same token")
-    later, seed = f"position {setting.control}", found[0].subject.seed
+    later, seed, alone = f"position {setting.control}", found[0].subject.seed, all(one_alone(one.subject) for one in found)
     return [
         Verdict(
             "the vector that a sink gives is the same whatever the first token",
@@ -415,7 +414,8 @@ def _verdicts(found: Sequence[One], setting: Sinks) -> list[Verdict]:
             most=IDENTITY,
             null=_mean([_away(one.twin) for one in found]),
             against="the untrained model",
-            why=IDENTICAL if all(one_alone(one.subject) for one in found) else SEEN,
+            why=IDENTICAL if alone else SEEN,
+            check=alone,
         ),
         *_costs(having, none, setting),
         Verdict(
@@ -426,13 +426,13 @@ def _verdicts(found: Sequence[One], setting: Sinks) -> list[Verdict]:
             least=VALVE,
             null=_mean([_valve(one.twin.pulse[:, :, one.some].mean((0, 2))[None]) for one in having]),
             against="the untrained model",
-            why=none,
+            why=none or OURS.format(f"{VALVE:g} of its mean"),
         ),
         Verdict(
             "the sink drains attention: it gives less than other tokens do",
             "math H.2",
             "|F y_1|/median |F y_j|, geometric mean over sink heads",
-            _over([_log(one.own.drain[:, one.some]).mean(1) for one in having], seed, lambda m: np.exp(m[:, 0]), "prompts"),
+            _over_prompts(having, [_log(one.own.drain[:, one.some]).mean(1) for one in having], lambda m: np.exp(m[:, 0])),
             most=1.0,
             null=math.exp(_mean([_log(one.twin.drain[:, one.some]) for one in having])),
             against="the untrained model",
@@ -446,12 +446,19 @@ IDENTICAL = "token 1 sees itself alone: this is causality, true of any weights, 
 SEEN = "token 1 sees later tokens under this mask: what it gives depends on the context, and position 1 is as any other"
 
 
-def _over(values: Sequence[np.ndarray], seed: int, statistic: Statistic = first, of: str = "pairs") -> Interval:
-    """Of rows that are pairs of prompts of their own, unless it is said otherwise."""
+def _over(values: Sequence[np.ndarray], seed: int, statistic: Statistic = first) -> Interval:
+    """Of rows that are pairs of prompts, each of texts of its own."""
     if not values:
         return UNKNOWN
     found = over_models(values, statistic, seed=seed)
-    return found._replace(of=of) if found.of == "prompts" else found
+    return found._replace(of="pairs") if found.of == "prompts" else found
+
+
+def _over_prompts(of: Sequence[One], values: Sequence[np.ndarray], statistic: Statistic = first) -> Interval:
+    """Of rows that are the prompts of these subjects."""
+    if not values:
+        return UNKNOWN
+    return over_models(values, statistic, groups=[one.subject.groups.numpy() for one in of], seed=of[0].subject.seed)
 
 
 def _mean(values: Sequence[np.ndarray]) -> float:
@@ -471,8 +478,9 @@ def _log(x: np.ndarray) -> np.ndarray:
 
 def _away(looked: Looked) -> np.ndarray:
     """(pairs,): the largest 1 - cosine of any head; nan where no vector has a direction."""
-    flat = 1 - looked.cosines["same"].reshape(len(looked.cosines["same"]), -1)
-    return np.where(np.isnan(flat).all(1), math.nan, np.where(np.isnan(flat), -math.inf, flat).max(1, initial=-math.inf))
+    away = 1 - looked.cosines["same"]
+    known = ~np.isnan(away)
+    return np.where(known.any((1, 2)), np.where(known, away, -math.inf).max((1, 2), initial=-math.inf), math.nan)
 
 
 def one_alone(subject: Subject) -> bool:
@@ -500,9 +508,8 @@ def _costs(having: Sequence[One], none: str, setting: Sinks) -> list[Verdict]:
         if why:
             return UNKNOWN, why
         values = [sum((factor * one.loss.change[edit, token] for factor, edit, token in edits), np.zeros(())) for one in having]
-        groups = [one.subject.groups.numpy() for one in having]
         sums = [np.stack([np.nansum(value, 1), np.isfinite(value).sum(1)], 1) for value in values]
-        return over_models(sums, lambda m: m[:, 0] / m[:, 1], groups=groups, seed=having[0].subject.seed), ""
+        return _over_prompts(having, sums, lambda m: m[:, 0] / m[:, 1]), ""
 
     def alone(edit: Edit, token: str) -> float:
         return told((1.0, edit, token))[0].value
@@ -521,7 +528,8 @@ def _costs(having: Sequence[One], none: str, setting: Sinks) -> list[Verdict]:
             most=-COST,
             null=told((1.0, "mean", "control"), (-SLIGHT, "hidden", "control"))[0].value,
             against=f"the same of {later}",
-            why=no_bias or f"mean {alone('mean', 'first'):.4f}, removed {alone('hidden', 'first'):.4f} nats",
+            why=no_bias
+            or f"mean {alone('mean', 'first'):.4f}, removed {alone('hidden', 'first'):.4f} nats; {OURS.format('a tenth')}",
         ),
         Verdict(
             "its content is used: 0 in its place costs more than 0 in a later token's",
@@ -549,16 +557,15 @@ def _costs(having: Sequence[One], none: str, setting: Sinks) -> list[Verdict]:
 def _rate(found: Sequence[One], setting: Sinks) -> Verdict:
     known = [one for one in found if not np.isnan(one.own.rate).all()]
     values = [(one.own.rate - np.maximum(one.twin.rate, one.own.even[:1])).mean(1) for one in known]
-    groups = [one.subject.groups.numpy() for one in known]
     return Verdict(
         "the first token is a sink",
         "S2 7",
         f"share of heads and prompts with alpha_1 > {setting.threshold:g}, less that untrained or of uniform weights",
-        over_models(values, groups=groups, seed=found[0].subject.seed) if known else UNKNOWN,
+        _over_prompts(known, values),
         least=MORE,
         null=0.0,
         against="the untrained model and uniform weights",
-        why="" if known else _none(found, setting),
+        why=draws(len(known)) if known else _none(found, setting),
     )
 
 
@@ -607,7 +614,8 @@ def _note(found: Sequence[One], setting: Sinks) -> str:
         places = ", ".join(f"{layer}.{head}" for layer, head in zip(own.layer[one.some], own.head[one.some], strict=True))
         lines.append(
             f"{one.subject.name}: {len(one.some)} of {len(own.layer)} heads are sink heads{': ' * bool(places)}{places[:300]} "
-            f"(layer.head); {len(own.cosines['different'])} pairs of prompts begin with different tokens."
+            f"(layer.head), chosen on one half of the prompts and judged on the other, of which "
+            f"{len(own.cosines['different'])} pairs begin with different tokens."
         )
         if len(one.some):
             part, spread = own.share[:, one.some].mean(), own.variation[:, one.some].mean()
@@ -624,4 +632,4 @@ def _note(found: Sequence[One], setting: Sinks) -> str:
             f"Over all heads the cosine of F y_1 of different first tokens, of position {setting.control} and of one first token "
             f"is {raw}, and {centred} with the mean removed."
         )
-    return "\n".join(lines)
+    return "\n".join(filter(None, [*lines, unlike([one.subject for one in found])]))

@@ -18,6 +18,7 @@ from emformer.geometry.spectra import wide
 from emformer.intervals import over_models
 from emformer.model import Emformer
 from emformer.parts import UserError
+from emformer.studies.lines import BAND, band, draws, mean, spearman, trend
 from emformer.studies.subjects import Subject, Tell
 from emformer.theory.outcome import Curves
 from emformer.trajectory import Trajectory
@@ -36,8 +37,9 @@ class Straightness(parts.Study):
     that the excess is sum_{k != m} <D^k, D^m>/(sum |D|)^2: 0 for a random walk, above it where steps align. It is taken of the
     raw stream, and of the stream without the mean of all tokens at each state: a drift that all tokens share makes paths straight
     and organises nothing. *Turning* is the angle between consecutive steps, pi/2 for independent ones; beside it the same steps
-    in random order, and its fall with depth. Whatever random weights do, as growing steps, the untrained twin does too. First
-    tokens are left out, which may be sinks. Cost: two passes and some 20 of the clouds, seconds for the default.
+    in random order, and its trend over depth, held against all orders of the steps. Whatever random weights do, as growing steps,
+    the untrained twin does too. First tokens are left out, which may be sinks. Cost: two passes and some 20 of the clouds,
+    seconds for the default.
 
     Args:
         steps: "layers", or "sublayers": attention and FFN alternate then, and each may go on with what it did a layer before.
@@ -98,11 +100,12 @@ class Straightness(parts.Study):
                 0.0,
                 "the untrained twin",
                 least=LEAST,
+                why=draws(len(subjects)),
             ),
             verdict(
                 "a step turns from the one before by less than a right angle",
                 "turning angle in radians, mean over steps and tokens, mean of all tokens removed",
-                [_mean(one.turning, 1) for one, _ in found],
+                [mean(one.turning, 1) for one, _ in found],
                 math.pi / 2,
                 WALK,
                 most=math.pi / 2,
@@ -110,26 +113,20 @@ class Straightness(parts.Study):
             verdict(
                 "consecutive steps align more than steps in random order",
                 "turning angle - that of the same steps in random order",
-                [_mean(one.turning, 1) - one.permuted for one, _ in found],
+                [mean(one.turning, 1) - one.permuted for one, _ in found],
                 0.0,
                 "the same steps in random order",
                 most=0.0,
             ),
         ]
         if all(one.turning.shape[1] > 1 for one, _ in found):
-            twins = [float(_mean(_fall(twin.turning), 0)) for _, twin in found]
-            verdicts.append(
-                verdict(
-                    "later steps align more than earlier ones",
-                    "slope of the turning angle with depth, radians a step",
-                    [_fall(one.turning) for one, _ in found],
-                    float(np.mean(twins)),
-                    "the untrained twin",
-                    most=0.0,
-                )
-            )
+            measured, why = trend([one.turning for one, _ in found], groups=groups, seed=seed)
+            claim, against = "later steps align more than earlier ones", "the untrained twin"
+            quantity = "Spearman's correlation of the step with its turning angle"
+            null = float(np.mean([float(spearman(mean(twin.turning, 0))) for _, twin in found]))
+            verdicts.append(Verdict(claim, SOURCE, quantity, measured, most=0.0, null=null, against=against, why=why))
         names = [subject.name for subject in subjects]
-        return Findings(verdicts, {"turning": _turning(names, found), "tortuosity": _tortuosity(names, found)})
+        return Findings(verdicts, {"turning": _turning(names, found, groups), "tortuosity": _tortuosity(names, found)})
 
 
 class Measured(NamedTuple):
@@ -186,7 +183,7 @@ def _measured(subject: Subject, model: Emformer | None, steps: str) -> Measured:
         )
         rows.append(tuple(column.cpu().numpy() for column in columns))
     excesses, owns, turning, permuted, tortuosity, random = (np.concatenate(column) for column in zip(*rows, strict=True))
-    return Measured(excesses, owns, turning, permuted, _mean(tortuosity, 0), _mean(random, 0))
+    return Measured(excesses, owns, turning, permuted, mean(tortuosity, 0), mean(random, 0))
 
 
 def _states(trajectory: Trajectory, steps: str) -> list[Tensor]:
@@ -202,28 +199,15 @@ def _states(trajectory: Trajectory, steps: str) -> list[Tensor]:
     return [trajectory.steps[0].before, *ends]
 
 
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Over what is defined; nan where nothing is."""
-    known = ~np.isnan(values)
-    count = known.sum(axis)
-    return np.asarray(np.where(known, values, 0.0).sum(axis) / np.where(count > 0, count, np.nan))
-
-
-def _fall(turning: np.ndarray) -> np.ndarray:
-    """(P,): the least-squares slope of each row with its columns' number."""
-    step = np.arange(turning.shape[1]) - (turning.shape[1] - 1) / 2
-    return turning @ step / (step @ step)
-
-
-def _turning(names: Sequence[str], found: Sequence[tuple[Measured, Measured]]) -> Curves:
+def _turning(names: Sequence[str], found: Sequence[tuple[Measured, Measured]], groups: Sequence[np.ndarray]) -> Curves:
     rows = []
-    for name, pair in zip(names, found, strict=True):
+    for name, pair, group in zip(names, found, groups, strict=True):
         for one, line in zip(pair, (name, f"untrained {name}"), strict=True):
-            rows += [("turning angle", line, k + 1, value) for k, value in enumerate(_mean(one.turning, 0))]
+            rows += band("turning angle", line, one.turning, group, 1)
     last = found[0][0].turning.shape[1]
-    rows += [("turning angle", "theory random walk", step, math.pi / 2) for step in sorted({1, last})]
+    rows += [("turning angle", "theory random walk", step, math.pi / 2, math.nan, math.nan) for step in sorted({1, last})]
     caption = "Angle between a step and the one before it, mean of all tokens removed, by step."
-    return Curves(pd.DataFrame(rows, columns=["panel", "line", "x", "y"]), caption, "step", "radians")
+    return Curves(pd.DataFrame(rows, columns=BAND), caption, "step", "radians")
 
 
 def _tortuosity(names: Sequence[str], found: Sequence[tuple[Measured, Measured]]) -> Curves:

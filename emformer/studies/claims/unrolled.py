@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,12 +14,13 @@ import torch
 from emformer import parts
 from emformer.geometry.spectra import wide
 from emformer.intervals import over_models
+from emformer.model import Emformer
 from emformer.studies.subjects import Subject, Tell
 from emformer.theory.outcome import Curves
 from emformer.trajectory import Trajectory
 from emformer.verdicts import Findings, Verdict
 
-ROUNDING = 1e-5  # of a sum in float32, math J 13
+ROUNDING = 1e-5  # of a sum in float32, math J 13: what is stored in fewer bits is computed in these
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Unrolled(parts.Study):
 
     The identity is one of arithmetic wherever nothing reshapes the stream between two sublayers: it holds for random weights too.
     It fails, and no sum of updates is the last state, where a norm after the sum or a retraction acts on the stream. Beside it,
-    how much the embedding that "is never overwritten" is worth at the end: its share <x^0, x^L>/|x^L|^2, mean over tokens.
+    how much the embedding that "is never overwritten" is worth at the end: its share <x^0, x^L>/|x^L|^2, mean over tokens, less
+    |x^0|^2/(|x^0|^2 + sum |eps D|^2), which it has where updates know nothing of it: layers that erase it are below.
     """
 
     name: ClassVar[str] = "unrolled"
@@ -36,10 +39,10 @@ class Unrolled(parts.Study):
     def run(self, subjects: Sequence[Subject], tell: Tell) -> Findings:
         errors, shares, groups, lines = [], [], [], []
         for k, subject in enumerate(subjects):
-            found = [_unrolled(one) for one in subject.trajectories()]
-            errors.append(np.concatenate([error for error, _ in found]))
-            each = np.concatenate([share for _, share in found])
-            shares.append(each[:, :1])
+            found = [_unrolled(one) for one in subject.trajectories(_float(subject.model))]
+            error, each, alone = (np.concatenate(column) for column in zip(*found, strict=True))
+            errors.append(error)
+            shares.append(each[:, 0] - alone)
             groups.append(subject.groups.numpy())
             for step, share in enumerate(each.mean(0)):
                 lines.append(("share of |x^L|^2", subject.name, step, share))
@@ -56,15 +59,16 @@ class Unrolled(parts.Study):
                 null=0.0,
                 against="arithmetic",
                 why="a norm after the sum, or a retraction, acts on the stream" if any(map(_reshaped, subjects)) else "",
+                check=True,
             ),
             Verdict(
                 "the initial embedding persists as a baseline",
                 "S0 residual stream",
-                "share <x^0, x^L>/|x^L|^2 of the embedding in the last state, mean over tokens",
+                "share <x^0, x^L>/|x^L|^2 of the embedding in the last state - |x^0|^2/(|x^0|^2 + sum |eps D|^2)",
                 kept,
                 least=0.0,
                 null=0.0,
-                against="a last state that has nothing of it",
+                against="updates at right angles to it and to each other",
             ),
         ]
         frame = pd.DataFrame(lines, columns=["panel", "line", "x", "y"])
@@ -78,8 +82,14 @@ def _reshaped(subject: Subject) -> bool:
     return any(getattr(block, place, None) is not None for block in blocks for place in ("place_attn", "place_ffn"))
 
 
-def _unrolled(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
-    """(relative error (B,), shares of the terms in x^L (B, S + 1)), means over tokens."""
+def _float(model: Emformer) -> Emformer:
+    """A model whose sums are rounded as float32 or better."""
+    return deepcopy(model).float() if torch.finfo(model.embedding.weight.dtype).bits < 32 else model
+
+
+def _unrolled(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(relative error (B,), shares of the terms in x^L (B, S + 1), the first one's if terms were orthogonal (B,)), means over
+    tokens."""
     states = trajectory.states
     last = wide(states[-1].x)
     terms = [wide(states[0].x)]
@@ -88,4 +98,6 @@ def _unrolled(trajectory: Trajectory) -> tuple[np.ndarray, np.ndarray]:
     total = torch.stack(terms).sum(0)
     error = ((last - total).norm(dim=-1) / size).mean(-1)
     shares = torch.stack([((term * last).sum(-1) / size.square()).mean(-1) for term in terms], -1)
-    return error.cpu().numpy(), shares.cpu().numpy()
+    squares = torch.stack([term.square().sum(-1) for term in terms])
+    alone = (squares[0] / squares.sum(0)).mean(-1)
+    return error.cpu().numpy(), shares.cpu().numpy(), alone.cpu().numpy()

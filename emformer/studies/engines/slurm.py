@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import os
 import shlex
@@ -50,7 +49,8 @@ class Slurm(parts.Engine):
         cpus: of each job, which are its threads.
         gpus: of each job.
         memory_gb: of each job.
-        at_once: jobs that run side by side, at most.
+        at_once: jobs of one array that run side by side, at most. What is sent at a time is an array, of up to 1,000 jobs; what a
+            later call sends is another.
         timeouts: how often a job may be put back because its minutes were up.
         cluster: "local" runs the jobs on this machine by submitit's own local executor, to try things out.
         more: further options of sbatch, as {qos: low, constraint: a100}.
@@ -256,7 +256,7 @@ class _Cluster(_Queue):
 
 def _squeue() -> dict[str, str] | None:
     """The state of every job of this user in the queue, by number, or None where Slurm does not answer."""
-    command = ["squeue", "--user", getpass.getuser(), "--noheader", "--array", "--format", "%i %T"]
+    command = ["squeue", "--user", str(os.getuid()), "--noheader", "--array", "--format", "%i %T"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     except (OSError, subprocess.SubprocessError):
