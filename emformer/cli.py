@@ -507,7 +507,6 @@ def _ablate(arguments: Sequence[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(parser.format_help())
         if words:
-            load_parts((plans.ENGINES,))
             plans.plan_parser(parser.prog).print_help()
         sys.exit(0 if words else 2)
     if words[0].startswith("-"):

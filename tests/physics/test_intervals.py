@@ -69,7 +69,7 @@ def test_what_is_not_finite_is_left_out():
 
 
 def test_groups_are_drawn_together():
-    """Copies of a unit bring no knowledge: the interval is that of the units. Of groups of unequal size the mean is of all rows."""
+    """Copies of a unit bring no knowledge: the interval is that of the units. Of unequal groups the mean is of all rows."""
     x = np.random.default_rng(2).normal(size=8)
     whole = bootstrap(np.repeat(x, 5), groups=np.repeat(np.arange(8), 5))
     assert whole[:4] == pytest.approx(bootstrap(x)[:4], abs=1e-12)

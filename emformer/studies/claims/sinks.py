@@ -20,7 +20,7 @@ from emformer.intervals import Interval, Statistic, first, over_models
 from emformer.model import Emformer
 from emformer.observables.sinks import contents, see
 from emformer.parts import UserError
-from emformer.studies.lines import averaged, draws, points, unlike
+from emformer.studies.lines import averaged, draws, mean, points, unlike
 from emformer.studies.losses import by_token, task
 from emformer.studies.subjects import AT_ONCE, Subject, Tell, part_of
 from emformer.theory.outcome import Chart, Curves
@@ -424,7 +424,7 @@ def _verdicts(found: Sequence[One], setting: Sinks) -> list[Verdict]:
             "sd of lam_i over queries, without what position and prompt explain, over its mean",
             _over([one.own.pulse[:, :, one.some].mean(-1) for one in having], seed, _valve),
             least=VALVE,
-            null=_mean([_valve(one.twin.pulse[:, :, one.some].mean((0, 2))[None]) for one in having]),
+            null=_mean([_valve(mean(one.twin.pulse[:, :, one.some].mean(-1), 0)[None]) for one in having]),
             against="the untrained model",
             why=none or OURS.format(f"{VALVE:g} of its mean"),
         ),
@@ -604,7 +604,7 @@ def _charts(found: Sequence[One], setting: Sinks) -> dict[str, Chart]:
         ("cosines", cosines, "How alike what a token gives is between prompts; mean over all heads.", "layer", "cosine"),
         ("loss", losses, "What an edit of a token in the sink heads does to the loss at each query.", "position", "nats"),
     ]
-    return {name: Curves(averaged(rows), caption, x, y) for name, rows, caption, x, y in told if rows}
+    return {name: Curves(averaged(rows), caption, x, y) for name, rows, caption, x, y in told if any(map(len, rows))}
 
 
 def _note(found: Sequence[One], setting: Sinks) -> str:
