@@ -24,11 +24,11 @@ train: $(READY)
 
 # Two processes of one thread each, where there are two cores: most tests are small.
 test: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # With all of the 2,000 damaged files, of which `make test` tries a tenth, and all traced variants, of which it takes a fifth.
 thorough: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --thorough -n auto --maxprocesses 4 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --thorough -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/ty check emformer train

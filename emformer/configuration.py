@@ -248,7 +248,7 @@ def _subclasses(base: type) -> Iterator[type]:
 def _names(base: type) -> Iterator[str]:
     """Names and fields of every part that is loaded, and that settings of a run may have."""
     for part in _subclasses(base):
-        if issubclass(part, parts.Experiment | parts.Study):
+        if issubclass(part, parts.Experiment | parts.Study | parts.Engine):
             continue
         yield part.__name__
         if is_dataclass(part):

@@ -12,6 +12,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# files of one process that take longest: begun last, they would keep it busy while the others have nothing left
+FIRST = ("test_readme.py", "test_ddp.py", "test_model_contract.py", "test_resume.py", "test_damaged_files.py", "test_kills.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(params=range(5), ids="seed{}".format)
 def seed(request: pytest.FixtureRequest) -> int:
     """The seeds 0 … 4, one test each; the global generator starts from it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 def test_kills_change_nothing(tmp_path: Path):
     script = Path(__file__).with_name("stops.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), "4"],
+        [sys.executable, str(script), str(tmp_path), "6"],
         capture_output=True,
         text=True,
         timeout=400,
