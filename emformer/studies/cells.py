@@ -210,12 +210,6 @@ def last_step(metrics: Path) -> int:
         return 0
 
 
-def seconds(study: Study) -> float:
-    """What the finished cells took, in all."""
-    done = [study.done(one["name"]) for one in study.cells]
-    return sum(json.loads(one.read_text(encoding="utf-8"))["seconds"] for one in done if one.exists())
-
-
 def failed(folder: str | Path) -> list[str]:
     """The cells that failed in the last call, by the table of the study."""
     with open(Path(folder) / "table.csv", encoding="utf-8", newline="") as file:

@@ -43,26 +43,26 @@ class Subject:
     classes: tuple[str, ...]
     groups: Tensor
     seed: int
-    _twins: dict[int, Emformer] = field(default_factory=dict, repr=False)
+    _twin: list[Emformer] = field(default_factory=list, repr=False)
 
     @property
     def model(self) -> Emformer:
         return self.loaded.model
 
-    def untrained(self, draw: int = 0) -> Emformer:
+    def untrained(self) -> Emformer:
         """The model as its training began, in eval mode: what is true of it too is no work of training. Runs of other seeds have
-        other twins. `draw` 1, 2 …: other weights of the same law. Of a model that came without a run it is drawn by the laws of
-        our parts, which need not be those that it began with.
+        other twins. Of a model that came without a run it is drawn by the laws of our parts, which need not be those that it
+        began with.
 
         The global generator is left as it was. Kept, as later calls ask for the same.
         """
-        if draw not in self._twins:
+        if not self._twin:
             weight = self.model.embedding.weight
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.loaded.config.training.seed + 1_000_003 * draw)
+                torch.default_generator.manual_seed(self.loaded.config.training.seed)
                 twin = Emformer(self.model.vocab, **vars(self.model.settings))
-            self._twins[draw] = twin.to(weight.device, weight.dtype).eval()
-        return self._twins[draw]
+            self._twin.append(twin.to(weight.device, weight.dtype).eval())
+        return self._twin[0]
 
     def batches(self, size: int = AT_ONCE) -> Iterator[slice]:
         """Slices of the prompts, a few at a time."""
